@@ -1,0 +1,91 @@
+"""Where benchmarks put their figures: one JSON object a line, appended to results/<device>.jsonl.
+
+Knows nothing of what is measured.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent / "results"
+REQUIRED = ("bench", "case", "metric", "value", "unit")
+OPTIONAL = {"lo": None, "hi": None, "n": 1, "peer": None, "ratio": None, "settings": {}, "emulated": False}
+NUMBERS = ("value", "lo", "hi", "ratio")
+
+
+def append(lines: Iterable[Mapping[str, Any]], folder: Path = FOLDER) -> Path:
+    """Appends the lines, all or none, and returns the file.
+
+    A line has bench, case, metric, value and unit, and where they are known lo, hi (95 % interval), n,
+    peer (name of what it is compared with), ratio (ours / peer, measured in the same run), settings and
+    emulated. Commit, device and time are filled in. Raises ValueError for a line that does not fit.
+    """
+    stamp = {
+        "commit": commit(),
+        "device": device_name(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    text = "".join(json.dumps(validated(line) | stamp, allow_nan=False) + "\n" for line in lines)
+    file = folder / f"{stamp['device']}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)  # released when the file is closed
+        stream.write(text)
+    return file
+
+
+def validated(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The line with every optional field set. Raises ValueError for a missing, unknown or wrong field."""
+    if missing := [name for name in REQUIRED if line.get(name) is None]:
+        raise ValueError(f"{', '.join(missing)} missing in {line}")
+    if unknown := sorted(line.keys() - {*REQUIRED, *OPTIONAL}):
+        raise ValueError(f"unknown {', '.join(unknown)} in {line}")
+    whole = {**OPTIONAL, **line}
+    for name in NUMBERS:
+        value = whole[name]
+        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            raise ValueError(f"{name} = {value!r} is no finite number in {line}")
+    for lo, hi in (("lo", "value"), ("value", "hi"), ("lo", "hi")):
+        if whole[lo] is not None and whole[hi] is not None and whole[lo] > whole[hi]:
+            raise ValueError(f"{lo} > {hi} in {line}")
+    if (whole["peer"] is None) != (whole["ratio"] is None):
+        raise ValueError(f"peer and ratio go together in {line}")
+    return whole
+
+
+def device_name() -> str:
+    """This machine as a slug, such as x86-64-intel-xeon-platinum-8488c-2-cores."""
+    model = platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
+    board = Path("/proc/device-tree/model")  # ARM boards name themselves here, not in cpuinfo
+    detail = named[1] if named else board.read_text().strip("\0") if board.exists() else platform.processor()
+    detail = re.sub(r"\((R|TM)\)|\bCPU\b|@.*", " ", detail, flags=re.I)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return re.sub(r"[^a-z0-9]+", "-", f"{model} {detail} {cores} cores".lower()).strip("-")
+
+
+def commit() -> str:
+    """The short hash of HEAD, with -dirty where tracked files other than results are changed."""
+    here = FOLDER.parent
+    try:
+        head = _git(here, "rev-parse", "--short", "HEAD")
+        changed = _git(here, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head}-dirty" if changed else head
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.strip()

@@ -1,0 +1,5 @@
+"""`python -m edge_sdss` is `edge-sdss`."""
+
+from edge_sdss.cli import main
+
+main()

@@ -1,0 +1,58 @@
+"""The numeric core of selection: the same three functions on every backend, one file each.
+
+    entropy(tokens, offsets, variant)   EOE of each dialogue of a ragged batch
+    pool(tokens, offsets, pooling)      e(T), the unit vector of each dialogue
+    dissimilarity(vectors, means)       1 - cos, clipped to [0, 1]
+
+`numpy` is the reference. A backend that was asked for by name and is not here raises;
+`auto` takes the one that lies where the embeddings are.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_sdss.config import EoeVariant
+from edge_sdss.errors import BackendUnavailable, message
+
+NAMES = ("numpy", "torch")
+HISTOGRAM_BINS = 100
+
+
+class Backend(Protocol):
+    """What each module in this package provides."""
+
+    def entropy(self, tokens: Any, offsets: npt.NDArray[np.int64], variant: EoeVariant) -> npt.NDArray[np.float64]:
+        """EOE of each dialogue, in [0, 1].
+
+        tokens: [N, d] float, the token embeddings of all dialogues, one after the other.
+        offsets: [B + 1] int64; dialogue b holds the rows offsets[b]:offsets[b + 1].
+        Returns [B] float64; 0 for an empty or one-token dialogue and for all-zero embeddings.
+        """
+
+    def pool(self, tokens: Any, offsets: npt.NDArray[np.int64], pooling: str) -> npt.NDArray[np.float32]:
+        """e(T) of each dialogue, [B, d] float32: the mean (or last) token, L2-normalised; 0 where empty."""
+
+    def dissimilarity(self, vectors: Any, means: Any) -> npt.NDArray[np.float64]:
+        """1 - v·m per row, clipped to [0, 1]. vectors, means: [B, d]. Returns [B] float64."""
+
+
+def load(name: str, device: str = "cpu") -> Backend:
+    """Returns the backend `name`; `auto` is torch where the model runs on a GPU, else numpy.
+
+    Raises BackendUnavailable for an unknown name or a missing library.
+    """
+    if name == "auto":
+        name = "numpy" if device == "cpu" else "torch"
+    if name not in NAMES:
+        raise BackendUnavailable(message(f"use backend {name!r}", "no such backend", f"choose {', '.join(NAMES)}"))
+    try:
+        module: Any = importlib.import_module(f"edge_sdss.backends.{name}")
+    except ImportError as error:
+        do = "pip install 'edge_sdss[train]' or choose --backend numpy"
+        raise BackendUnavailable(message(f"use backend {name!r}", str(error), do)) from error
+    return module  # type: ignore[no-any-return]

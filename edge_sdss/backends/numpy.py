@@ -1,0 +1,72 @@
+"""The reference backend, in NumPy: small enough to be read against the formulas.
+
+Knows nothing of dialogues, domains or the buffer. See `backends.Backend` for shapes and dtypes.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_sdss.backends import HISTOGRAM_BINS
+from edge_sdss.config import EoeVariant
+
+Array = npt.NDArray[Any]
+
+
+def entropy(tokens: Array, offsets: npt.NDArray[np.int64], variant: EoeVariant) -> npt.NDArray[np.float64]:
+    """EOE(T) = -sum_i p_i ln p_i / ln n (paper, eq. 1), p by `variant`."""
+    weights = _WEIGHTS[variant]
+    rows = np.asarray(tokens, dtype=np.float32)
+    return np.array([_entropy_of(*weights(rows[a:b])) if b - a > 1 else 0.0 for a, b in pairwise(offsets.tolist())])
+
+
+def pool(tokens: Array, offsets: npt.NDArray[np.int64], pooling: str) -> npt.NDArray[np.float32]:
+    """The mean or last token of each dialogue, L2-normalised."""
+    rows = np.asarray(tokens, dtype=np.float32)
+    pooled = np.zeros((len(offsets) - 1, rows.shape[1]), dtype=np.float32)
+    for row, (a, b) in zip(pooled, pairwise(offsets.tolist()), strict=True):
+        if b > a:
+            row[:] = rows[b - 1] if pooling == "last" else rows[a:b].mean(axis=0)
+    norms = np.sqrt(np.einsum("ij,ij->i", pooled, pooled, dtype=np.float64))[:, None]
+    return np.divide(pooled, norms, out=np.zeros_like(pooled), where=norms != 0, casting="same_kind")
+
+
+def dissimilarity(vectors: Array, means: Array) -> npt.NDArray[np.float64]:
+    """1 - v·m per row, clipped to [0, 1]."""
+    cosine = np.einsum("ij,ij->i", vectors, means, dtype=np.float64)
+    return np.clip(1.0 - cosine, 0.0, 1.0)
+
+
+def _entropy_of(weights: Array, states: int) -> float:
+    """Entropy of p = weights / sum over its maximum ln(states): (ln Z - S / Z) / ln(states)."""
+    w = weights.astype(np.float64)
+    z = float(w.sum())
+    if z == 0.0:
+        return 0.0
+    s = float((w * np.log(np.where(w > 0, w, 1.0))).sum())
+    h = (np.log(z) - s / z) / np.log(states)
+    return h if np.isnan(h) else float(min(max(h, 0.0), 1.0))
+
+
+def _token(rows: Array) -> tuple[Array, int]:
+    return np.einsum("ij,ij->i", rows, rows), len(rows)
+
+
+def _centered(rows: Array) -> tuple[Array, int]:
+    return _token(rows - rows.mean(axis=0))
+
+
+def _spectral(rows: Array) -> tuple[Array, int]:
+    gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
+    return np.maximum(np.linalg.eigvalsh(gram.astype(np.float64)), 0.0), max(len(gram), 2)
+
+
+def _histogram(rows: Array) -> tuple[Array, int]:
+    return np.histogram(rows.mean(axis=0), bins=HISTOGRAM_BINS)[0], HISTOGRAM_BINS
+
+
+_WEIGHTS = {"token": _token, "centered": _centered, "spectral": _spectral, "histogram": _histogram}

@@ -1,0 +1,176 @@
+"""The only home of defaults: one frozen section per stage, read from TOML, overridden by flags.
+
+Knows nothing of the stages themselves; each takes its section as an argument.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edge_sdss.errors import ConfigError, message
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+EoeVariant = Literal["token", "centered", "spectral", "histogram"]
+VectorType = Literal["int8", "float16", "float32"]
+TrainOn = Literal["accepted", "all"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Reading(_Section):
+    """How files of dialogues are read."""
+
+    context_turns: int = Field(4, ge=0, description="turns kept before a prompt")
+    max_record_bytes: int = Field(1 << 20, ge=1, description="a longer record is rejected")
+
+
+class Model(_Section):
+    """Which language model learns. None is the embedded default, SmolLM2-135M-Instruct."""
+
+    name: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_tokens: int = Field(1024, ge=8, description="tokens of a dialogue that are embedded")
+
+
+class Selection(_Section):
+    """The scores and the replacement rule (paper, section 3.1)."""
+
+    policy: str = "sdss"
+    backend: Literal["auto", "numpy", "torch"] = "auto"
+    eoe: EoeVariant = "centered"
+    pooling: Literal["mean", "last"] = "mean"
+    text: Literal["dialogue", "prompt"] = "dialogue"
+    lexicons: Path | None = Field(None, description="folder of <domain>.txt files, one term a line")
+    seed: int = Field(0, ge=0)
+
+
+class Buffer(_Section):
+    """Both budgets are kept: `bins` entries and `max_bytes` of text, vectors, scores, annotations."""
+
+    bins: int = Field(32, ge=1)
+    max_bytes: int = Field(32 * 22 * 1024, ge=1, description="the paper's bins are 22 KiB each")
+    vectors: VectorType = "int8"
+
+
+class Store(_Section):
+    """`full` syncs every offer to the disk (survives a power cut), `normal` survives a killed process."""
+
+    synchronous: Literal["normal", "full"] = "normal"
+    offer_log: int = Field(100_000, ge=1, description="newest decisions kept for reports; older ones only count")
+
+
+class Review(_Section):
+    """How often the user is asked."""
+
+    max_requests_per_day: int = Field(10, ge=0)
+    train_on: TrainOn = "accepted"
+
+
+class Synthesis(_Section):
+    """Paraphrases of each annotated exemplar (paper, section 3.2)."""
+
+    variants: int = Field(3, ge=0)
+    min_rouge1: float = Field(0.5, ge=0, le=1)
+    max_rouge1: float = Field(0.98, ge=0, le=1)
+    vary: Literal["both", "prompt"] = "both"
+    temperature: float = Field(0.7, ge=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_new_tokens: int = Field(96, ge=1)
+    batch_size: int = Field(16, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+class Tuning(_Section):
+    """LoRA (Hu et al., arXiv 2106.09685) on all linear layers; loss on the response's tokens only."""
+
+    interval: int = Field(800, ge=1, description="offers between rounds (paper: 800)")
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    learning_rate: float = Field(3e-4, gt=0)
+    epochs: int = Field(4, ge=1)
+    batch_size: int = Field(8, ge=1)
+    max_tokens: int = Field(512, ge=16)
+    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps")
+    clip: float = Field(1.0, gt=0)
+    loss_chunk: int = Field(128, ge=1, description="answer tokens whose logits exist at a time")
+    checkpoint_every: int = Field(10, ge=1, description="steps")
+    seed: int = Field(0, ge=0)
+
+
+class Gate(_Section):
+    """When a round is accepted."""
+
+    holdout: float = Field(0.2, ge=0, lt=1, description="share of annotated dialogues never trained on")
+    max_forgetting: float = Field(0.05, ge=0, description="nats per token on the general set")
+
+
+class Evaluation(_Section):
+    """How answers are measured."""
+
+    holdout: float = Field(0.2, gt=0, lt=1, description="share of a stream held out by `run`")
+    max_items: int = Field(100, ge=1, description="held-out dialogues whose NLL is measured")
+    rouge_items: int = Field(32, ge=0, description="of them, how many are answered and compared")
+    max_new_tokens: int = Field(64, ge=1)
+    batch_size: int = Field(16, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+class Config(_Section):
+    """Every setting of the product."""
+
+    reading: Reading = Reading()
+    model: Model = Model()
+    selection: Selection = Selection()
+    buffer: Buffer = Buffer()
+    store: Store = Store()
+    review: Review = Review()
+    synthesis: Synthesis = Synthesis()
+    tuning: Tuning = Tuning()
+    gate: Gate = Gate()
+    evaluation: Evaluation = Evaluation()
+
+    def override(self, values: Mapping[str, Mapping[str, Any]]) -> Config:
+        """Returns a copy in which `values[section][name]` replace the settings; None leaves one as it is.
+
+        Raises ConfigError where a section or name is unknown or a value out of range.
+        """
+        merged = self.model_dump()
+        for section, settings in values.items():
+            given = {name: value for name, value in settings.items() if value is not None}
+            merged[section] = {**merged.get(section, {}), **given}
+        return _validated(merged, "the flags")
+
+
+def load(path: Path | None) -> Config:
+    """Reads a TOML file; None gives the defaults. Raises ConfigError, which names the setting."""
+    if path is None:
+        return Config()
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(message(f"read settings from {path}", str(error.strerror), "check --config")) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(message(f"read settings from {path}", f"no valid TOML, {error}", "mend that line")) from error
+    return _validated(values, str(path))
+
+
+def _validated(values: Mapping[str, Any], origin: str) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(message(f"set {name} from {origin}", first["msg"], "see `edge-sdss COMMAND --help`")) from error

@@ -1,0 +1,81 @@
+"""What machine and software this is. Knows nothing of what runs on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import edge_sdss
+
+PACKAGES = ("numpy", "torch", "transformers", "peft", "tokenizers", "safetensors", "rouge-score", "empath")
+
+
+def environment(root: Path = Path("/")) -> dict[str, Any]:
+    """The facts that a result depends on; None where one is not known. `root` is the file system's, for tests."""
+    return {
+        "edge_sdss": edge_sdss.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": processor(root),
+        "cores": cores(),
+        "memory_bytes": memory_bytes(root),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "commit": commit(),
+    }
+
+
+def processor(root: Path = Path("/")) -> str:
+    """The board's model on a device tree, else the processor's name."""
+    board = _read(root / "proc/device-tree/model").strip("\0 \n")
+    if board:
+        return board
+    for line in _read(root / "proc/cpuinfo").splitlines():
+        if line.lower().startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1
+
+
+def memory_bytes(root: Path = Path("/")) -> int | None:
+    """Main memory in bytes; None where it cannot be read."""
+    for line in _read(root / "proc/meminfo").splitlines():
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from, `-dirty` where it was changed; None elsewhere."""
+    folder = Path(__file__).resolve().parent.parent
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

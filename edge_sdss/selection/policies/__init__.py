@@ -1,0 +1,43 @@
+"""Which entries of a full buffer may give way to an offer: one policy a file, named by the file.
+
+A policy is a module with
+    replaceable(candidate, buffer) -> the bins that may be emptied for it, the first choice first; none: drop it
+    KEPT, DROPPED                  -> the reason given in words
+The selector empties as many of them, in that order, as both budgets ask for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from edge_sdss.errors import ConfigError, message
+
+if TYPE_CHECKING:
+    from edge_sdss.selection.buffer import Buffer
+    from edge_sdss.selection.selector import Candidate
+
+
+class Policy(Protocol):
+    """What each module in this package provides."""
+
+    KEPT: str
+    DROPPED: str
+
+    def replaceable(self, candidate: Candidate, buffer: Buffer) -> Sequence[int]:
+        """The bins that may be emptied for the candidate, the first choice first."""
+
+
+def names() -> list[str]:
+    """The policies there are."""
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+
+
+def load(name: str) -> Policy:
+    """Returns the policy `name`; raises ConfigError where there is none."""
+    if name not in names():
+        raise ConfigError(message(f"use policy {name!r}", "no such policy", f"choose one of {', '.join(names())}"))
+    module: Any = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+    return module  # type: ignore[no-any-return]

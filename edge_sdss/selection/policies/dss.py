@@ -1,0 +1,21 @@
+"""dss: ablation of sdss that looks at DSS alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from edge_sdss.selection.buffer import Buffer
+    from edge_sdss.selection.selector import Candidate
+
+KEPT = "lower in DSS"
+DROPPED = "no entry is lower in DSS"
+
+
+def replaceable(candidate: Candidate, buffer: Buffer) -> Sequence[int]:
+    """The entries strictly lower in DSS, in a drawn order."""
+    lower = np.flatnonzero(buffer.dss < candidate.scores.dss)
+    return candidate.draws.permutation(lower).tolist() if len(lower) > 1 else lower.tolist()

@@ -1,0 +1,125 @@
+"""One offer: score a dialogue, ask the policy, decide. Knows nothing of the model or the store.
+
+Source: "Enabling On-Device Large Language Model Personalization with Self-Supervised Data Selection
+and Synthesis" (arXiv 2311.12275), section 3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_sdss import backends, config
+from edge_sdss.errors import InputError, message
+from edge_sdss.lexicon import Lexicon
+from edge_sdss.selection import policies
+from edge_sdss.selection.buffer import Buffer, entry_bytes
+from edge_sdss.types import Decision, Dialogue, Exemplar, Scores
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a policy sees of an offer. `draws` is the generator of this offer alone."""
+
+    seq: int
+    scores: Scores
+    domain: str
+    words: int
+    vector: npt.NDArray[np.float32]
+    seed: int
+
+    @cached_property
+    def draws(self) -> np.random.Generator:
+        """Counter-based (Philox): seed and offer number are its whole state, so a resumed stream goes on exactly."""
+        return np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, self.seq]))
+
+
+class Selector:
+    """Offers go in, decisions come out: `decide` changes nothing, `apply` carries a decision out."""
+
+    def __init__(
+        self, settings: config.Selection, buffer: Buffer, lexicon: Lexicon, *, device: str = "cpu", offers: int = 0
+    ) -> None:
+        """`offers` is the number of offers already made, for a stream that goes on."""
+        self.settings = settings
+        self.buffer = buffer
+        self.lexicon = lexicon
+        self.offers = offers
+        self.forgotten: set[str] = set()
+        self._policy = policies.load(settings.policy)
+        self._backend = backends.load(settings.backend, device)
+
+    def offer(self, dialogue: Dialogue, tokens: Any) -> Decision:
+        """Decides and applies. tokens: [n, d] float, the token embeddings E(T) of `scored_text`."""
+        decision = self.decide(dialogue, tokens)
+        self.apply(decision)
+        return decision
+
+    def scored_text(self, dialogue: Dialogue) -> str:
+        """The text whose embeddings and words are scored."""
+        return dialogue.prompt if self.settings.text == "prompt" else dialogue.text
+
+    def decide(self, dialogue: Dialogue, tokens: Any) -> Decision:
+        """Scores the dialogue and says what becomes of it. Raises InputError for non-finite embeddings."""
+        candidate, exemplar = self._score(dialogue, tokens)
+        need = entry_bytes(dialogue, self.buffer.codec.row_bytes)
+        slots, reason = self._place(dialogue.id, need, candidate)
+        if slots is None:
+            return Decision(candidate.seq, dialogue.id, "dropped", candidate.domain, candidate.scores, reason)
+        evicted = {slot: self.buffer.entries[slot].dialogue.id for slot in slots}
+        slot = slots[0] if slots else self.buffer.free_slot()
+        return Decision(
+            candidate.seq, dialogue.id, "kept", candidate.domain, candidate.scores, reason, slot, evicted, exemplar
+        )
+
+    def apply(self, decision: Decision) -> None:
+        """Carries a decision out, in the order of the stream."""
+        self.offers = decision.seq
+        for slot in decision.evicted:
+            self.buffer.remove(slot)
+        if decision.exemplar is not None and decision.slot is not None:
+            self.buffer.put(decision.slot, decision.exemplar)
+
+    def _score(self, dialogue: Dialogue, tokens: Any) -> tuple[Candidate, Exemplar]:
+        offsets = np.array([0, len(tokens)], dtype=np.int64)
+        eoe = float(self._backend.entropy(tokens, offsets, self.settings.eoe)[0])
+        unit = self._backend.pool(tokens, offsets, self.settings.pooling)[0]
+        if not (np.isfinite(eoe) and np.isfinite(unit).all()):
+            do = "check the model, or load it with --dtype float32"
+            raise InputError(message(f"score dialogue {dialogue.id}", "the embeddings are not finite", do))
+        code = self.buffer.codec.encode(unit)
+        vector = self.buffer.codec.decode(code[None])[0]  # judged as it would be stored
+        hits = self.lexicon.hits(self.scored_text(dialogue))
+        scores = Scores(eoe, hits.dss, self._idd(vector, hits.domain))
+        seq = self.offers + 1
+        candidate = Candidate(seq, scores, hits.domain, hits.words, vector, self.settings.seed)
+        return candidate, Exemplar(dialogue, code.tobytes(), hits.domain, eoe, hits.dss, hits.words, seq)
+
+    def _idd(self, vector: npt.NDArray[np.float32], domain: str) -> float:
+        mean = self.buffer.mean(domain)
+        return 1.0 if mean is None else float(self._backend.dissimilarity(vector[None], mean[None])[0])
+
+    def _place(self, dialogue_id: str, need: int, candidate: Candidate) -> tuple[Sequence[int] | None, str]:
+        """The bins to empty for the candidate (none where there is room), or None; and the reason."""
+        buffer = self.buffer
+        if dialogue_id in buffer:
+            return None, "the identical dialogue is kept already"
+        if dialogue_id in self.forgotten:
+            return None, "the user asked to forget it"
+        if need > buffer.max_bytes:
+            return None, f"larger than the whole buffer: {need:,} of {buffer.max_bytes:,} bytes"
+        if buffer.fits(need):
+            return (), "there was room"
+        gone: list[int] = []
+        for slot in self._policy.replaceable(candidate, buffer):
+            gone.append(int(slot))
+            if buffer.fits(need, gone):
+                return gone, f"replaced {len(gone)}: {self._policy.KEPT}"
+        if gone:
+            return None, f"the {len(gone)} entries it may replace free too few bytes for its {need:,}"
+        return None, self._policy.DROPPED

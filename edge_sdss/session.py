@@ -1,0 +1,383 @@
+"""Session: the only place where the stages meet. Knows which stage comes next, not how any of them works.
+
+A home folder holds all that a session remembers:
+
+    edge_sdss.db            offers, exemplars, annotations, rounds
+    adapters/round-0001/    one PEFT folder a round
+    lock                    held by the one process that writes
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from edge_sdss import gate, general, lexicon, synthesis
+from edge_sdss.config import Config
+from edge_sdss.errors import BudgetExceeded, ConfigError, InputError, message
+from edge_sdss.selection import Buffer, Selector
+from edge_sdss.selection.buffer import entry_bytes
+from edge_sdss.store import Store, lock, now
+from edge_sdss.store import Round as StoredRound
+from edge_sdss.tuning import trainer
+from edge_sdss.types import (
+    Annotation,
+    Decision,
+    Dialogue,
+    Example,
+    Exemplar,
+    Interval,
+    Progress,
+    Turn,
+    Variant,
+    no_progress,
+)
+
+if TYPE_CHECKING:
+    from edge_sdss.lm import LanguageModel
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What a round did. `general_*`: mean loss on the general set, nats per token, of base model and adapter."""
+
+    number: int
+    tuned: trainer.Round
+    verdict: gate.Verdict
+    synthesised: synthesis.Tally
+    general_before: float
+    general_after: float
+    variants: tuple[Variant, ...] = ()
+
+
+class Session:
+    """One user's model, buffer and adapters. Use as a context manager: it holds the home's lock.
+
+    The model is loaded when first needed: reviewing, forgetting and rolling back do without it.
+    """
+
+    def __init__(
+        self, home: Path, settings: Config, *, lm: LanguageModel | None = None, progress: Progress = no_progress
+    ) -> None:
+        """Raises InputError where another process holds the home, ConfigError where its file is no store."""
+        self.home = home
+        self.settings = settings
+        self.progress = progress
+        self._given = lm
+        with ExitStack() as stack:
+            stack.enter_context(lock(home))
+            self.store = Store(home / "edge_sdss.db", settings.store)
+            stack.callback(self.store.close)
+            self._open = stack.pop_all()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the store and gives the home free."""
+        self._open.close()
+
+    @cached_property
+    def lm(self) -> LanguageModel:
+        """The base model, with no adapter attached."""
+        if self._given is not None:
+            return self._given
+        from edge_sdss.lm import LanguageModel
+
+        return LanguageModel.load(self.settings.model, progress=self.progress)
+
+    @cached_property
+    def selector(self) -> Selector:
+        """The selector, with the buffer as the store holds it."""
+        words = lexicon.load(self.settings.selection.lexicons)
+        self._check_identity(words)
+        buffer = Buffer(self.settings.buffer, self.lm.width)
+        kept = self.store.exemplars()
+        size = sum(entry_bytes(e.dialogue, len(e.vector), e.annotation) for e in kept.values())
+        if max(kept, default=-1) >= buffer.bins or size > buffer.max_bytes:
+            found = f"bin {max(kept) + 1} of {buffer.bins} is used, {size:,} of {buffer.max_bytes:,} bytes"
+            raise BudgetExceeded(message("open the buffer", found, "give at least as much, or forget some dialogues"))
+        for slot, exemplar in kept.items():
+            buffer.put(slot, exemplar)
+        offers = self.store.counts.offers
+        selector = Selector(self.settings.selection, buffer, words, device=self.lm.device.type, offers=offers)
+        selector.forgotten = self.store.forgotten()
+        return selector
+
+    # observe
+
+    def observe(self, dialogue: Dialogue, **read: Any) -> Decision:
+        """Offers one dialogue to the buffer; what comes of it is stored before it is true in memory."""
+        text = self.selector.scored_text(dialogue)
+        tokens = self.lm.token_embeddings(text, self.settings.model.max_tokens)
+        decision = self.selector.decide(dialogue, tokens)
+        self.store.record(decision, **read)
+        self.selector.apply(decision)
+        return decision
+
+    def observe_all(self, dialogues: Iterable[Dialogue], source: str | None = None) -> Iterator[Decision]:
+        """Offers a stream; one with a `source` goes on where it stopped, even where the process was killed.
+
+        Raises InputError where what was read of the source before is no longer what it begins with.
+        """
+        done, digest = self.store.source(source) if source else (0, "")
+        chain = ""
+        position = 0
+        for position, dialogue in enumerate(dialogues, start=1):
+            chain = hashlib.blake2b((chain + dialogue.id).encode(), digest_size=16).hexdigest()
+            if position == done and chain != digest:
+                break
+            if position > done:
+                yield self.observe(dialogue, source=source, chain=chain, position=position)
+        else:
+            if position >= done:
+                return
+        found = f"its first {done} dialogues are not those that were offered before"
+        raise InputError(message(f"go on with {source}", found, "offer it anew with --again"))
+
+    # review
+
+    def pending(self) -> list[Exemplar]:
+        """The kept dialogues about which the user may be asked today, oldest first; none is asked about twice."""
+        asked = self.store.asked()
+        today = now()[:10]
+        left = self.settings.review.max_requests_per_day - sum(time.startswith(today) for time in asked.values())
+        waiting = [e for e in self.store.exemplars().values() if e.dialogue.id not in asked]
+        return sorted(waiting, key=lambda e: e.seq)[: max(left, 0)]
+
+    def annotate(self, dialogue_id: str, annotation: Annotation) -> None:
+        """Writes what the user said of a kept dialogue.
+
+        Raises InputError where it is not kept, or an edit is empty; BudgetExceeded where it does not fit.
+        """
+        kept = self.store.exemplars()
+        slot = _slot_of(kept, dialogue_id)
+        if annotation.answer == "edit" and not (annotation.preferred or "").strip():
+            raise InputError(message(f"edit {dialogue_id}", "the answer is empty", "give one, or skip"))
+        changed = kept | {slot: _annotated(kept[slot], annotation)}
+        size = sum(entry_bytes(e.dialogue, len(e.vector), e.annotation) for e in changed.values())
+        if size > self.settings.buffer.max_bytes:
+            found = f"the buffer would take {size:,} of {self.settings.buffer.max_bytes:,} bytes"
+            raise BudgetExceeded(message(f"annotate {dialogue_id}", found, "shorten the answer"))
+        self.store.annotate(dialogue_id, annotation)
+        if "selector" in self.__dict__:
+            self.selector.buffer.remove(slot)
+            self.selector.buffer.put(slot, changed[slot])
+
+    def annotate_from_stream(self) -> int:
+        """Answers for the user with what the stream itself holds: its preferred response, or else its response."""
+        waiting = [e for e in self.store.exemplars().values() if e.annotation is None]
+        for exemplar in waiting:
+            d = exemplar.dialogue
+            if d.preferred and d.preferred != d.response:
+                self.annotate(d.id, Annotation("edit", d.preferred))
+            else:
+                self.annotate(d.id, Annotation("accept" if d.response else "skip"))
+        return len(waiting)
+
+    def forget(self, dialogue_id: str) -> list[int]:
+        """Deletes a dialogue everywhere; returns the rounds whose adapters were trained on it.
+
+        Raises InputError where no kept or trained dialogue has this id.
+        """
+        kept = self.store.exemplars()
+        slots = [slot for slot, e in kept.items() if e.dialogue.id == dialogue_id]
+        if not slots and not self.store.knows(dialogue_id):
+            raise InputError(message(f"forget {dialogue_id}", "no dialogue has this id", "see `edge-sdss status`"))
+        stale = self.store.forget(dialogue_id)
+        if "selector" in self.__dict__:
+            self.selector.forgotten.add(dialogue_id)
+            for slot in slots:
+                self.selector.buffer.remove(slot)
+        return stale
+
+    # a round
+
+    def adapt(self) -> Adapted:
+        """One round: synthesise, tune, judge, activate. A round that was cut short is gone on with."""
+        stored = self.store.open_round(self._start())
+        tally = self.synthesise()
+        tuned = self._tune(stored)
+        verdict, before, after = self._judge(stored, tuned)
+        trained = [example.dialogue_id for example in self.examples(held_out=False)]
+        variants = tuple(v for made in self.store.variants().values() for v in made)
+        self.store.close_round(stored.number, verdict.accepted, _record(verdict, tally, before, after), trained)
+        return Adapted(stored.number, tuned, verdict, tally, before, after, variants)
+
+    @property
+    def round_due(self) -> bool:
+        """Whether `interval` offers have passed since a round was opened."""
+        counts, rounds = self.store.counts, self.store.rounds()
+        last = rounds[-1].offers if rounds and rounds[-1].state != "running" else 0
+        return counts.offers // self.settings.tuning.interval > last // self.settings.tuning.interval
+
+    @property
+    def round_done(self) -> bool:
+        """Whether the newest round is finished and saw every offer so far."""
+        rounds = self.store.rounds()
+        return bool(rounds) and rounds[-1].state != "running" and rounds[-1].offers == self.store.counts.offers
+
+    def last_round(self) -> Adapted | None:
+        """What the newest finished round did, without its variants, which are not kept; None before the first."""
+        finished = [r for r in self.store.rounds() if r.state != "running"]
+        if not finished:
+            return None
+        record = finished[-1].report
+        tuned = trainer.load(self.adapter_folder(finished[-1].number))
+        verdict, tally = _verdict(record["verdict"]), synthesis.Tally(**record["synthesis"])
+        before, after = record["general_before"], record["general_after"]
+        return Adapted(finished[-1].number, tuned, verdict, tally, before, after)
+
+    def examples(self, *, held_out: bool) -> list[Example]:
+        """The annotated dialogues as examples: those to train on, or those kept for the gate."""
+        found = []
+        for exemplar in self.store.exemplars().values():
+            answer = _wanted(exemplar, self.settings.review.train_on == "all")
+            if answer and gate.held_out(exemplar.dialogue.id, self.settings.gate) == held_out:
+                found.append(Example(exemplar.dialogue.messages, answer, exemplar.dialogue.id))
+        return found
+
+    def synthesise(self) -> synthesis.Tally:
+        """Writes the variants that are missing; each exemplar's are stored together as soon as they are made."""
+        have = self.store.variants()
+        missing = [example for example in self.examples(held_out=False) if example.dialogue_id not in have]
+        if missing and self.settings.synthesis.variants:
+            made = synthesis.synthesise(self.lm, missing, self.settings.synthesis, self.progress)
+            for dialogue_id, variants in made:
+                self.store.put_variants(dialogue_id, variants)
+        return synthesis.tally([v for variants in self.store.variants().values() for v in variants])
+
+    def _tune(self, stored: StoredRound) -> trainer.Round:
+        originals = self.examples(held_out=False)
+        variants = self.store.variants()
+        written = [_variant_example(e, v) for e in originals for v in variants.get(e.dialogue_id, ()) if not v.dropped]
+        if not originals:
+            do = "review some dialogues first, or pass --train-on all"
+            raise InputError(message("tune the model", "no annotated dialogue to train on", do))
+        return trainer.train(
+            self.lm,
+            [*originals, *written],
+            self.settings.tuning,
+            self.adapter_folder(stored.number),
+            start=self._adapter(stored.start),
+            card={"round": stored.number, "dialogues": len(originals), "variants": len(written)},
+            progress=self.progress,
+        )
+
+    def _judge(self, stored: StoredRound, tuned: trainer.Round) -> tuple[gate.Verdict, float, float]:
+        """Personal loss against the adapter it started from, general loss against the base model."""
+        personal = self.examples(held_out=True)
+        before = self.nll(personal, self._adapter(stored.start))
+        after = self.nll(personal, tuned.adapter)
+        general_before = self.nll(general.examples(), None)
+        general_after = self.nll(general.examples(), tuned.adapter)
+        verdict = gate.judge(before, after, general_before, general_after, self.settings.gate)
+        return verdict, float(general_before.mean()), float(general_after.mean())
+
+    def nll(self, examples: Sequence[Example], adapter: Path | None) -> Any:
+        """The loss of each example with an adapter, [n] float64 nats per token."""
+        self.lm.attach(adapter)
+        try:
+            tokens, batch = self.settings.tuning.max_tokens, self.settings.evaluation.batch_size
+            return self.lm.nll(examples, max_tokens=tokens, batch_size=batch, progress=self.progress)
+        finally:
+            self.lm.attach(None)
+
+    # adapters
+
+    def adapter_folder(self, number: int) -> Path:
+        """Where a round's adapter is."""
+        return self.home / "adapters" / f"round-{number:04d}"
+
+    @property
+    def active_adapter(self) -> Path | None:
+        """The adapter that serves; None for the base model."""
+        active = self.store.active_round()
+        return self._adapter(active.number if active else None)
+
+    def rollback(self) -> int | None:
+        """Makes the round before the active one active again; returns its number, None for the base model.
+
+        Raises InputError where the base model is active already.
+        """
+        active = self.store.active_round()
+        if active is None:
+            raise InputError(message("roll back", "the base model is active", "nothing to do"))
+        earlier = [r.number for r in self.store.rounds() if r.state == "accepted" and r.number < active.number]
+        previous = max(earlier, default=None)
+        self.store.activate(previous)
+        return previous
+
+    def _start(self) -> int | None:
+        """The round to go on from: the active one, unless it was trained on what the user has forgotten."""
+        active = self.store.active_round()
+        return active.number if active and not active.stale else None
+
+    def _adapter(self, number: int | None) -> Path | None:
+        return None if number is None else self.adapter_folder(number)
+
+    def _check_identity(self, words: lexicon.Lexicon) -> None:
+        """Scores of different models or formulas must not be compared in one buffer."""
+        s = self.settings.selection
+        mine = {
+            "model": self.lm.fingerprint,
+            "eoe": s.eoe,
+            "pooling": s.pooling,
+            "text": s.text,
+            "vectors": self.settings.buffer.vectors,
+            "lexicon": words.digest,
+        }
+        stored = self.store.meta("identity", mine)
+        if changed := [key for key in mine if stored[key] != mine[key]]:
+            asked = f"open home {self.home} with another {', '.join(changed)}"
+            raise ConfigError(message(asked, "its scores would not compare", "use the old setting or a new --home"))
+        self.store.set_meta("identity", mine)
+
+
+def _slot_of(kept: dict[int, Exemplar], dialogue_id: str) -> int:
+    for slot, exemplar in kept.items():
+        if exemplar.dialogue.id == dialogue_id:
+            return slot
+    raise InputError(message(f"annotate {dialogue_id}", "it is not in the buffer", "see `edge-sdss status`"))
+
+
+def _annotated(exemplar: Exemplar, annotation: Annotation) -> Exemplar:
+    return Exemplar(**{**exemplar.__dict__, "annotation": annotation})
+
+
+def _wanted(exemplar: Exemplar, train_on_all: bool) -> str | None:
+    """The answer to learn; None where the dialogue is not to be trained on."""
+    match exemplar.annotation:
+        case Annotation("edit", preferred):
+            return preferred
+        case Annotation("accept"):
+            return exemplar.dialogue.response or None
+        case None if train_on_all:
+            return exemplar.dialogue.response or None
+    return None
+
+
+def _variant_example(example: Example, variant: Variant) -> Example:
+    messages = (*example.messages[:-1], Turn("user", variant.prompt))
+    return Example(messages, variant.response, example.dialogue_id)
+
+
+def _record(verdict: gate.Verdict, tally: synthesis.Tally, before: float, after: float) -> dict[str, Any]:
+    """What of a round is stored beside its adapter."""
+    means = {"general_before": before, "general_after": after}
+    return {"verdict": asdict(verdict), "synthesis": asdict(tally), **means}
+
+
+def _verdict(record: dict[str, Any]) -> gate.Verdict:
+    personal = Interval(**record["personal"]) if record["personal"] else None
+    checks = tuple(gate.Check(**check) for check in record["checks"])
+    return gate.Verdict(record["accepted"], record["reason"], checks, personal, Interval(**record["general"]))

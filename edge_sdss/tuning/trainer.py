@@ -1,0 +1,163 @@
+"""A round of LoRA (Hu et al., arXiv 2106.09685): examples in, a PEFT folder out.
+
+Owns the round's files: the adapter, which appears whole or not at all, and the checkpoints that a rerun
+after a power cut continues from. Knows nothing of where examples come from or whether the result is any good.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_sdss import config
+from edge_sdss.errors import InputError, message
+from edge_sdss.lm import CARD
+from edge_sdss.tuning import adapter
+from edge_sdss.tuning.checkpoint import Checkpoints, State, fresh, publish, sha256
+from edge_sdss.tuning.records import Round, Step
+from edge_sdss.types import Example, Progress, no_progress
+
+if TYPE_CHECKING:
+    from edge_sdss.lm import LanguageModel
+    from edge_sdss.tuning.steps import Optimisation
+
+__all__ = ["Round", "Step", "train"]
+
+
+def train(
+    lm: LanguageModel,
+    examples: Sequence[Example],
+    settings: config.Tuning,
+    out: Path,
+    *,
+    start: Path | None = None,
+    card: Mapping[str, Any] = {},
+    progress: Progress = no_progress,
+) -> Round:
+    """Trains an adapter on the answers of `examples` and writes it to the folder `out`.
+
+    A new adapter (rank, alpha and dropout from the settings), or the one at `start` trained further (with
+    its own). `out` holds `adapter_config.json`, `adapter_model.safetensors` and the card `edge_sdss.json`,
+    with `card` in it. Equal arguments on the same machine give equal weights, bit for bit, also where the
+    process was killed on the way and `train` called again; where `out` is this very round, it is returned.
+    `lm` is left as it was found.
+    Raises InputError without examples, or where `out` is something else; ConfigError where the loss is not
+    finite.
+    """
+    if not examples:
+        raise InputError(message("tune the model", "no example", "annotate some dialogues first"))
+    key = _key(lm, examples, settings, start)
+    checkpoints = Checkpoints(out.with_name(f"{out.name}.checkpoint"), key)
+    if not out.exists():
+        _run(lm, examples, settings, out, start, {**card, "key": key}, checkpoints, progress)
+    elif _card(out).get("key") != key:
+        raise InputError(
+            message(f"write an adapter to {out}", "something else is there", "name another folder")
+        )
+    checkpoints.remove()
+    return _round(out)
+
+
+def _run(
+    lm: LanguageModel,
+    examples: Sequence[Example],
+    settings: config.Tuning,
+    out: Path,
+    start: Path | None,
+    card: Mapping[str, Any],
+    checkpoints: Checkpoints,
+    progress: Progress,
+) -> None:
+    import torch
+
+    from edge_sdss.tuning.steps import Optimisation
+
+    encoded = [lm.encode(example, settings.max_tokens) for example in examples]
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        with adapter.trainable(lm, settings, start) as model:
+            run = Optimisation(model, adapter.head(model.get_base_model()), encoded, settings)
+            _resume(run, checkpoints)
+            progress("tune", len(run.done), run.steps)
+            while len(run.done) < run.steps:
+                run.advance()
+                progress("tune", len(run.done), run.steps)
+                if len(run.done) % settings.checkpoint_every == 0 and len(run.done) < run.steps:
+                    checkpoints.write(_state(run))
+            partial = fresh(out.with_name(f".{out.name}.partial"))
+            adapter.write(model, partial, lm.name)
+    facts = {
+        **card,
+        "base": lm.name,
+        "base_fingerprint": lm.fingerprint,
+        "start": None if start is None else sha256(start / adapter.WEIGHTS),
+        "sha256": sha256(partial / adapter.WEIGHTS),
+        "examples": len(examples),
+        "trainable_parameters": run.trainable_parameters,
+        "peak_tensor_bytes": run.peak_tensor_bytes,
+        "settings": settings.model_dump(),
+        "losses": [asdict(step) for step in run.done],
+    }
+    (partial / CARD).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    publish(partial, out)
+
+
+def _state(run: Optimisation) -> State:
+    record = {"done": [asdict(step) for step in run.done], "peak_tensor_bytes": run.peak_tensor_bytes}
+    return State(len(run.done), run.tensors(), record)
+
+
+def _resume(run: Optimisation, checkpoints: Checkpoints) -> None:
+    state = checkpoints.newest()
+    if state is not None:
+        done = [Step(**step) for step in state.record["done"]]
+        run.restore(state.tensors, done, state.record["peak_tensor_bytes"])
+
+
+def _key(lm: LanguageModel, examples: Sequence[Example], settings: config.Tuning, start: Path | None) -> str:
+    """The hash of all that the adapter's weights depend on."""
+    content = {
+        "base": lm.fingerprint,
+        "start": None if start is None else _start(start),
+        "settings": settings.model_dump(exclude={"interval", "checkpoint_every"}),
+        "examples": [[[[t.role, t.text] for t in e.messages], e.answer] for e in examples],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _start(folder: Path) -> list[str]:
+    try:
+        return [sha256(folder / name) for name in (adapter.CONFIG, adapter.WEIGHTS)]
+    except OSError as error:
+        found = f"{error.strerror} for {error.filename}"
+        raise InputError(
+            message(f"continue from {folder}", found, "name the folder of an adapter")
+        ) from error
+
+
+def _card(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _round(out: Path) -> Round:
+    card = _card(out)
+    losses = tuple(Step(**step) for step in card["losses"])
+    return Round(
+        adapter=out,
+        steps=len(losses),
+        seconds=sum(step.seconds for step in losses),
+        tokens=sum(step.tokens for step in losses),
+        examples=card["examples"],
+        trainable_parameters=card["trainable_parameters"],
+        peak_tensor_bytes=card["peak_tensor_bytes"],
+        adapter_bytes=(out / adapter.WEIGHTS).stat().st_size,
+        losses=losses,
+    )
