@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 BENCHMARKS := $(filter-out benchmarks/results.py benchmarks/tables.py,$(wildcard benchmarks/*.py))
-NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 10))
+NEW_ENOUGH := import sys; sys.version_info < (3, 10) and sys.exit("Python 3.10 or newer is needed")
 INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
 .DELETE_ON_ERROR:
@@ -32,7 +32,7 @@ check: $(VENV)/.dev ## check format, lint, types and the tables of the README
 	$(BIN)/python benchmarks/tables.py --check
 
 test-core: ## run the tests that need no torch, in a small environment of its own for $(PYTHON)
-	@found=`"$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])'` && venv=.venv-core-$$found && \
+	@found=`"$(PYTHON)" -c '$(NEW_ENOUGH) or print("%d.%d" % sys.version_info[:2])'` && venv=.venv-core-$$found && \
 	$(MAKE) VENV=$$venv PYTHON="$(PYTHON)" $$venv/.core && \
 	$$venv/bin/python -m pytest $(PYTEST_ARGS)
 
@@ -48,8 +48,9 @@ $(BIN)/python:
 		"$$python" -c '$(NEW_ENOUGH)' 2>/dev/null && break; python=; \
 	done; \
 	if [ -z "$$python" ]; then \
-		echo "make: Python 3.10 or newer is needed; $(PYTHON) is `"$(PYTHON)" --version 2>&1`, and" \
-			"no newer python3.N is on the PATH. Install one, or name it: make PYTHON=/path/to/python3.12" >&2; \
+		echo "make: Python 3.10 or newer is needed; $(PYTHON) is" \
+			"`"$(PYTHON)" --version 2>/dev/null || echo missing`, and no newer python3.N is on the PATH." \
+			"Install one, or name it: make PYTHON=/path/to/python3.12" >&2; \
 		exit 1; \
 	fi; \
 	echo "Building $(VENV) with `"$$python" --version` ($$python)"; \

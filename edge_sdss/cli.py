@@ -30,7 +30,6 @@ from edge_sdss.options import (
     Settings,
     TrainOn,
 )
-from edge_sdss.types import Dialogue
 
 app = typer.Typer(
     name="edge-sdss",
@@ -40,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
 
 @app.callback(invoke_without_command=True)
 def _root(
@@ -83,7 +83,8 @@ def run(
     holdout: Annotated[float | None, typer.Option("--holdout", help="Share of the stream held out.")] = None,
     interval: Annotated[int | None, typer.Option("--interval", help="Offers between rounds.")] = None,
     annotate: Annotated[
-        Literal["stream", "none"], typer.Option("--annotate", help="stream: its own responses answer the review.")
+        Literal["stream", "none"],
+        typer.Option("--annotate", help="stream: its own responses answer the review."),
     ] = "stream",
     policy: Policy = None,
     bins: Bins = None,
@@ -93,7 +94,7 @@ def run(
     seed: Seed = None,
     model: Model = None,
     format_: Format = None,
-    home: Home = None,
+    home: Annotated[Path | None, typer.Option("--home", help="Folder of the state; default: OUT/home.")] = None,
     overwrite: Overwrite = False,
     settings_file: Settings = None,
     set_: Set = None,
@@ -113,7 +114,16 @@ def run(
         reading = readers.read(stream, settings=settings.reading, format=format_, rejects=out / "rejects.jsonl")
         return experiment.read(reading, settings.evaluation, first)
 
-    options.experiment(read, out, settings, overwrite, f"edge_sdss run on {Path(stream).name}", home, json_, annotate == "stream")
+    options.experiment(
+        read,
+        out,
+        settings,
+        overwrite,
+        f"edge_sdss run on {Path(stream).name}",
+        home,
+        json_,
+        annotate == "stream",
+    )
 
 
 @app.command()
@@ -146,10 +156,15 @@ def observe(
     settings = options.settings(settings_file, set_, options.flags(policy, bins, max_bytes, backend, None, seed, model))
     with options.session(home, settings) as session:
         if prompt is not None:
-            dialogue = readers.checked(Dialogue(prompt.strip(), response.strip(), source="command line"))
+            dialogue = readers.one(prompt, response, "command line")
             console.emit(console.decision(session.observe(dialogue)), json_)
             return
-        reading = readers.read(str(file), settings=settings.reading, format=format_, rejects=rejects or options.home(home) / "rejects.jsonl")
+        reading = readers.read(
+            str(file),
+            settings=settings.reading,
+            format=format_,
+            rejects=rejects or options.home(home) / "rejects.jsonl",
+        )
         source = None if file == "-" or again else str(Path(str(file)).resolve())
         before = session.store.counts
         kept = []
@@ -217,7 +232,10 @@ def synth(
             for key, e in list(shown.items())[: 0 if json_ else show]
             for kind, prompt, answer, fate in [
                 ("original", e.messages[-1].text, e.answer, ""),
-                *(("variant", v.prompt, v.response, v.dropped or f"kept, ROUGE-1 {v.rouge1:.2f}") for v in variants[key]),
+                *(
+                    ("variant", v.prompt, v.response, v.dropped or f"kept, ROUGE-1 {v.rouge1:.2f}")
+                    for v in variants[key]
+                ),
             ]
         ]
         made = [asdict(v) for found in variants.values() for v in found]
@@ -290,12 +308,25 @@ def status(home: Home = None, settings_file: Settings = None, set_: Set = None, 
         active = store.active_round()
         rounds = [{k: v for k, v in asdict(r).items() if k != "report"} for r in store.rounds()]
         reasons = {d.seq: d.reason for d in store.decisions() if d.action == "kept"}
-        kept = [{"slot": slot, **console.exemplar(e), "reason": reasons.get(e.seq, "")} for slot, e in store.exemplars().items()]
+        kept = [
+            {"slot": slot, **console.exemplar(e), "reason": reasons.get(e.seq, "")}
+            for slot, e in store.exemplars().items()
+        ]
         facts = {**asdict(store.counts), "in_buffer": len(kept), "pending_reviews": len(session.pending())}
         serving = {"active_round": active.number if active else None, "stale": bool(active and active.stale)}
         console.emit({**facts, **serving, "rounds": rounds, "buffer": kept}, json_)
         if kept and not json_:
-            rows = [[e["slot"], e["id"], e["domain"], e["annotation"] or "", console.short(e["prompt"]), e["reason"]] for e in kept]
+            rows = [
+                [
+                    e["slot"],
+                    e["id"],
+                    e["domain"],
+                    e["annotation"] or "",
+                    console.short(e["prompt"]),
+                    e["reason"],
+                ]
+                for e in kept
+            ]
             console.table("Kept", ["bin", "id", "domain", "said", "prompt", "why"], rows)
 
 
@@ -334,19 +365,22 @@ def main() -> None:
     """Runs the command line; prints an error as one line."""
     try:
         code = app(standalone_mode=False)
-    except click.exceptions.Abort:
-        code = 130
-    except click.ClickException as error:
-        error.show()
+    except typer.TyperException as error:
+        _fail("UsageError", error.format_message())
         code = 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort, click.Abort):
         console.note("Stopped. What was accepted is stored; the same command goes on.")
         code = 130
     except EdgeSdssError as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        if "--json" in sys.argv:
-            sys.stdout.write(json.dumps({"error": type(error).__name__, "message": str(error)}) + "\n")
-        console.note(f"edge-sdss: {error}")
+        _fail(type(error).__name__, str(error))
         code = 2
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(kind: str, text: str) -> None:
+    """One line on stderr, and with --json one document on stdout."""
+    if "--json" in sys.argv:
+        sys.stdout.write(json.dumps({"error": kind, "message": text}) + "\n")
+    console.note(f"edge-sdss: {text}")

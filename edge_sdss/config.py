@@ -159,12 +159,17 @@ def load(path: Path | None) -> Config:
     if path is None:
         return Config()
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(message(f"read settings from {path}", str(error.strerror), "check --config")) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(message(f"read settings from {path}", f"no valid TOML, {error}", "mend that line")) from error
     return _validated(values, str(path))
+
+
+def parse(text: str) -> dict[str, Any]:
+    """Reads TOML; raises ValueError."""
+    return tomllib.loads(text)
 
 
 def _validated(values: Mapping[str, Any], origin: str) -> Config:
@@ -173,4 +178,6 @@ def _validated(values: Mapping[str, Any], origin: str) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(message(f"set {name} from {origin}", first["msg"], "see `edge-sdss COMMAND --help`")) from error
+        raise ConfigError(
+            message(f"set {name} from {origin}", first["msg"], "see `edge-sdss COMMAND --help`")
+        ) from error

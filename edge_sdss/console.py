@@ -73,7 +73,7 @@ def panel(title: str, body: str) -> None:
 
 def note(text: str) -> None:
     """Prints a line on stderr."""
-    err.print(Text(text))
+    err.print(Text(text), soft_wrap=True)
 
 
 def decision(made: types.Decision) -> dict[str, Any]:

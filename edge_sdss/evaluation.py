@@ -98,9 +98,7 @@ def evaluate(
     return Evaluation(tuple(_item(example, float(nll), answer) for example, nll, answer in scored))
 
 
-def split(
-    dialogues: Sequence[Dialogue], settings: config.Evaluation
-) -> tuple[list[Dialogue], list[Dialogue], int]:
+def split(dialogues: Sequence[Dialogue], settings: config.Evaluation) -> tuple[list[Dialogue], list[Dialogue], int]:
     """Returns the stream, the held-out dialogues (both in the order given) and how many were removed.
 
     Whole conversations go to one side; those held out are drawn by the hash of their name and `seed`, so
@@ -179,9 +177,7 @@ def _repeats(held: Sequence[Sequence[str]], stream: Sequence[Sequence[str]]) -> 
             index[word].append(row)
     return [
         any(
-            _jaccard(sets[row], sets[other]) >= NEAR_DUPLICATE
-            for word in _prefix(ranked[row])
-            for other in index[word]
+            _jaccard(sets[row], sets[other]) >= NEAR_DUPLICATE for word in _prefix(ranked[row]) for other in index[word]
         )
         for row in range(len(held))
     ]

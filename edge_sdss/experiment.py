@@ -68,7 +68,9 @@ def read(reading: Reading, settings: config.Evaluation, first: int | None = None
     dialogues = list(islice(reading, first))
     offered, held_out, removed = evaluation.split(dialogues, settings)
     examples = held_out_examples(held_out)
-    return Stream(offered, examples, reading.name, reading.format, reading.rejected, reading.skipped, removed)
+    return Stream(
+        offered, examples, Path(reading.path).name, reading.format, reading.rejected, reading.skipped, removed
+    )
 
 
 def run(session: Session, stream: Stream, *, annotate: bool = True) -> Outcome:
@@ -144,7 +146,12 @@ def build_report(session: Session, stream: Stream, outcome: Outcome, *, title: s
     lm = session.lm
     adapted = outcome.adapted
     counts = {"heldout": len(stream.held_out), "near_duplicates_removed": stream.near_duplicates_removed}
-    read = {"source": stream.source, "format": stream.format, "rejected": stream.rejected, "skipped": stream.skipped}
+    read = {
+        "source": stream.source,
+        "format": stream.format,
+        "rejected": stream.rejected,
+        "skipped": stream.skipped,
+    }
     model = session.settings.model
     return schema.RunReport(
         title=title,
@@ -152,7 +159,11 @@ def build_report(session: Session, stream: Stream, outcome: Outcome, *, title: s
         created=now(),
         stages=outcome.seconds,
         model=schema.ModelInfo(
-            name=lm.name, fingerprint=lm.fingerprint, parameters=lm.parameters, dtype=model.dtype, device=str(lm.device)
+            name=lm.name,
+            fingerprint=lm.fingerprint,
+            parameters=lm.parameters,
+            dtype=model.dtype,
+            device=str(lm.device),
         ),
         stream=schema.Stream(dialogues=len(stream.offered) + len(stream.held_out), **read, **counts),
         buffer=_buffer(session),

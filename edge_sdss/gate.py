@@ -88,6 +88,4 @@ def _words(check: Check) -> str:
     if not math.isfinite(check.value):
         return f"{check.name} is not finite"
     relation = "within" if check.passed else "above"
-    return (
-        f"{check.name} changed by {check.value:+.4f} {check.unit}, {relation} the limit of {check.limit:+.4f}"
-    )
+    return f"{check.name} changed by {check.value:+.4f} {check.unit}, {relation} the limit of {check.limit:+.4f}"

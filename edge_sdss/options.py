@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import platformdirs
 import typer
 
 from edge_sdss import config, console
-from edge_sdss.config import Config, tomllib
+from edge_sdss.config import Config
 from edge_sdss.errors import ConfigError, InputError, message
 from edge_sdss.types import Annotation
 
@@ -88,7 +87,9 @@ def session(given: Path | None, found: Config) -> Iterator[Session]:
 def annotation(accept: bool, edit: str | None, skip: bool) -> Annotation:
     """The answer that the flags of `review` give; exactly one is needed."""
     if accept + (edit is not None) + skip != 1:
-        raise InputError(message("answer a dialogue", "none or several answers", "give --accept, --edit TEXT or --skip"))
+        raise InputError(
+            message("answer a dialogue", "none or several answers", "give --accept, --edit TEXT or --skip")
+        )
     return Annotation("edit", edit) if edit is not None else Annotation("accept" if accept else "skip")
 
 
@@ -124,7 +125,8 @@ def experiment(
 
 
 def _value(text: str) -> Any:
+    """A value as TOML reads it; a bare word is a text."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return config.parse(f"value = {text}")["value"]
+    except ValueError:
         return text

@@ -6,6 +6,7 @@ import os
 import sys
 
 import click
+import typer
 
 from edge_sdss import console
 from edge_sdss.errors import InputError, message
@@ -26,7 +27,9 @@ def ask(session: Session) -> None:
         raise InputError(message("review", "stdin is no terminal", do))
     for number, exemplar in enumerate(pending, start=1):
         _show(exemplar, f"{number} of {len(pending)}")
-        answer = click.prompt(QUESTION, type=click.Choice(list("aesfq")), show_choices=False, err=True)
+        answer = ""
+        while answer not in tuple("aesfq"):
+            answer = typer.prompt(QUESTION, err=True).strip().lower()
         if answer == "q":
             return
         _apply(session, exemplar, answer)
@@ -52,5 +55,5 @@ def _edited(response: str) -> str:
     """The preferred response, from $EDITOR where there is one, else from one line."""
     if os.environ.get("VISUAL") or os.environ.get("EDITOR"):
         return (click.edit(response) or "").strip()
-    text: str = click.prompt("It should have been", err=True)
+    text: str = typer.prompt("It should have been", err=True)
     return text.strip()

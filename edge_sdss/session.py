@@ -23,8 +23,8 @@ from edge_sdss.config import Config
 from edge_sdss.errors import BudgetExceeded, ConfigError, InputError, message
 from edge_sdss.selection import Buffer, Selector
 from edge_sdss.selection.buffer import entry_bytes
-from edge_sdss.store import Store, lock, now
 from edge_sdss.store import Round as StoredRound
+from edge_sdss.store import Store, lock, now
 from edge_sdss.tuning import trainer
 from edge_sdss.types import (
     Annotation,
@@ -63,7 +63,12 @@ class Session:
     """
 
     def __init__(
-        self, home: Path, settings: Config, *, lm: LanguageModel | None = None, progress: Progress = no_progress
+        self,
+        home: Path,
+        settings: Config,
+        *,
+        lm: LanguageModel | None = None,
+        progress: Progress = no_progress,
     ) -> None:
         """Raises InputError where another process holds the home, ConfigError where its file is no store."""
         self.home = home
@@ -263,12 +268,14 @@ class Session:
         if not originals:
             do = "review some dialogues first, or pass --train-on all"
             raise InputError(message("tune the model", "no annotated dialogue to train on", do))
+        out = self.adapter_folder(stored.number)
         return trainer.train(
             self.lm,
             [*originals, *written],
             self.settings.tuning,
-            self.adapter_folder(stored.number),
+            out,
             start=self._adapter(stored.start),
+            replace=True,  # a running round's adapter was never active
             card={"round": stored.number, "dialogues": len(originals), "variants": len(written)},
             progress=self.progress,
         )

@@ -32,20 +32,16 @@ def mean_interval(values: Values, *, seed: int = 0, confidence: float = 0.95) ->
     """Returns the mean of `values` [n] with its bootstrap interval.
 
     The method is BCa (Efron, 1987), or the plain percentile one where BCa is not defined (too few
-    distinct values). Equal values give an interval of no width. One value tells nothing of the spread:
-    its interval is infinite. A value that is not finite gives NaN throughout.
+    distinct values). Equal values, and a single one, give an interval of no width: read it with `n`. A
+    value that is not finite gives NaN throughout.
     Raises InputError where there is no value.
     """
     data = np.asarray(values, np.float64)
     if data.ndim != 1 or data.size == 0:
-        raise InputError(
-            message("take a mean", f"values of shape {data.shape}", "give a list of at least one")
-        )
+        raise InputError(message("take a mean", f"values of shape {data.shape}", "give a list of at least one"))
     if not np.isfinite(data).all():
         return Interval(np.nan, np.nan, np.nan, data.size)
     mean = float(data.mean())
-    if data.size == 1:
-        return Interval(mean, -np.inf, np.inf, 1)
     if np.ptp(data) == 0:
         return Interval(mean, mean, mean, data.size)
     lo, hi = _bootstrap(data, seed, confidence)

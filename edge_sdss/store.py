@@ -158,9 +158,18 @@ class Store:
         with self.transaction():
             s = decision.scores
             evicted = json.dumps(list(decision.evicted.values())) if decision.evicted else None
-            values = (decision.seq, decision.dialogue_id, decision.action, decision.domain, s.eoe, s.dss, s.idd)
+            values = (
+                decision.seq,
+                decision.dialogue_id,
+                decision.action,
+                decision.domain,
+                s.eoe,
+                s.dss,
+                s.idd,
+            )
             self._db.execute(
-                "INSERT INTO offers VALUES (?,?,?,?,?,?,?,?,?,?)", (*values, decision.slot, evicted, decision.reason)
+                "INSERT INTO offers VALUES (?,?,?,?,?,?,?,?,?,?)",
+                (*values, decision.slot, evicted, decision.reason),
             )
             self._db.execute("DELETE FROM offers WHERE seq <= ?", (decision.seq - self._log,))
             for gone in decision.evicted.values():
@@ -189,7 +198,8 @@ class Store:
     def exemplars(self) -> dict[int, Exemplar]:
         """What is kept, by bin."""
         rows = self._db.execute(
-            "SELECT e.*, a.answer, a.preferred FROM exemplars e LEFT JOIN annotations a USING (dialogue_id) ORDER BY slot"
+            "SELECT e.*, a.answer, a.preferred FROM exemplars e LEFT JOIN annotations a USING (dialogue_id) "
+            "ORDER BY slot"
         )
         return {row[0]: _exemplar(row) for row in rows}
 
@@ -308,7 +318,7 @@ class Store:
 
     def _round(self, number: int) -> Round:
         row = self._db.execute("SELECT * FROM rounds WHERE round = ?", (number,)).fetchone()
-        return Round(*row[:4], report=json.loads(row[4]), created=row[5], stale=bool(row[6]))
+        return Round(row[0], row[1], row[2], row[3], json.loads(row[4]), row[5], bool(row[6]))
 
 
 def _exemplar(row: tuple[Any, ...]) -> Exemplar:

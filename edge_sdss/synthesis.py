@@ -83,9 +83,7 @@ def _variants(lm: LanguageModel, example: Example, settings: config.Synthesis) -
     return [_checked(example, [p, a], a.text, settings) for p, a in zip(prompts, answers, strict=True)]
 
 
-def _checked(
-    example: Example, written: Sequence[Generation], answer: str, settings: config.Synthesis
-) -> Variant:
+def _checked(example: Example, written: Sequence[Generation], answer: str, settings: config.Synthesis) -> Variant:
     """A variant with the reason for which it is dropped, if any."""
     texts = [example.messages[-1].text, example.answer][: len(written)]
     scores = [metrics.rouge1(text, made.text) for text, made in zip(texts, written, strict=True)]

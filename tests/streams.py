@@ -11,9 +11,25 @@ from edge_sdss.types import Dialogue
 
 WIDTH = 40
 LEXICON = Lexicon(
-    {"animals": ["cat", "dog", "guinea pig"], "food": ["soup", "bread", "salt"], "work": ["roof", "hammer", "nail"]}
+    {
+        "animals": ["cat", "dog", "guinea pig"],
+        "food": ["soup", "bread", "salt"],
+        "work": ["roof", "hammer", "nail"],
+    }
 )
-_WORDS = ["cat", "dog", "guinea", "pig", "soup", "bread", "salt", "roof", "hammer", "nail", *"a of the to it".split()]
+_WORDS = [
+    "cat",
+    "dog",
+    "guinea",
+    "pig",
+    "soup",
+    "bread",
+    "salt",
+    "roof",
+    "hammer",
+    "nail",
+    *"a of the to it".split(),
+]
 
 
 class Stream:

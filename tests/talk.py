@@ -10,7 +10,20 @@ import numpy as np
 from edge_sdss.config import Config
 from edge_sdss.types import Dialogue
 
-_SUBJECTS = ["cat", "dog", "soup", "bread", "doctor", "pain", "music", "train", "money", "garden", "school", "phone"]
+_SUBJECTS = [
+    "cat",
+    "dog",
+    "soup",
+    "bread",
+    "doctor",
+    "pain",
+    "music",
+    "train",
+    "money",
+    "garden",
+    "school",
+    "phone",
+]
 _WORDS = "the a of to my is not so very I you we old new small green fast slow today again please".split()
 
 
@@ -25,7 +38,9 @@ def dialogues(n: int, seed: int = 0) -> list[Dialogue]:
         subject = draws.choice(_SUBJECTS)
         text = " ".join(draws.choice(_WORDS, draws.integers(3, 14)))
         wanted = f"the {subject} is {draws.choice(_WORDS)}"
-        made.append(Dialogue(f"{i} what of my {subject} {text}", f"{subject} {text}", preferred=wanted, source=f"talk:{i}"))
+        made.append(
+            Dialogue(f"{i} what of my {subject} {text}", f"{subject} {text}", preferred=wanted, source=f"talk:{i}")
+        )
     return made
 
 
@@ -42,7 +57,13 @@ def settings(tiny: Path, **sections: dict) -> Config:
     quick = {
         "model": {"name": str(tiny), "device": "cpu"},
         "buffer": {"bins": 8},
-        "synthesis": {"variants": 1, "max_new_tokens": 8, "min_rouge1": 0.0, "max_rouge1": 1.0, "temperature": 1.0},
+        "synthesis": {
+            "variants": 1,
+            "max_new_tokens": 8,
+            "min_rouge1": 0.0,
+            "max_rouge1": 1.0,
+            "temperature": 1.0,
+        },
         "tuning": {"epochs": 2, "batch_size": 2, "rank": 2, "max_tokens": 128, "checkpoint_every": 2},
         "gate": {"max_forgetting": 100.0},
         "evaluation": {"rouge_items": 2, "max_new_tokens": 4, "max_items": 10},

@@ -17,9 +17,7 @@ from hypothesis import strategies as st
 from edge_sdss import default_model
 from edge_sdss.errors import BackendUnavailable
 
-TEXT = (
-    "The capital of France is Paris. It is the largest city in the country and is known for the Eiffel Tower."
-)
+TEXT = "The capital of France is Paris. It is the largest city in the country and is known for the Eiffel Tower."
 # SmolLM2's vocabulary lacks the letters of 21 bytes: six control characters, and planes 4 to 11 of Unicode,
 # in which no character is assigned. The tokenizer drops them.
 ABSENT = set("\x00\x04\x06\x13\x14\x16\x1d")

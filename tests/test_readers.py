@@ -123,6 +123,30 @@ def test_csv_visits():
     assert [(reject.line, reject.reason[:12]) for reject in reading.rejects] == [(10, "no user turn")]
 
 
+@pytest.mark.parametrize(
+    ("names", "marks"),
+    [
+        ("Doctor Patient", "au"),
+        ("HUMAN GPT", "ua"),
+        ("Ann Bob Ann", "uau"),
+        ("Ann Patient Ann", "aua"),
+        ("Doctor Ann Doctor_2 Guest_family_1", "auau"),
+        ("Speaker_2 Speaker_1", "au"),
+        ("Person_1 Person_2", "ua"),
+        ("Supporter Seeker tool", "au"),
+    ],
+)
+def test_speakers(tmp_path, names, marks):
+    """Roles are seen through what is paired: every user's run that an assistant's run follows."""
+    lines = [f"{name}: t{number}" for number, name in enumerate(names.split())]
+    text = "dialogue,x\n" + '"' + "\n".join(lines) + '",1\n'
+    tail = '"user: u\nassistant: a",2\n'
+    found = list(readers.read(_write(tmp_path, text + tail)))
+    pairs = [match.start() for match in re.finditer("ua", marks)]
+    assert [d.prompt for d in found[:-1]] == [f"t{at}" for at in pairs]
+    assert [d.response for d in found[:-1]] == [f"t{at + 1}" for at in pairs]
+
+
 def test_days():
     reading, found = _all("days.json")
     assert (*_counts(reading), reading.unit) == ("days", 4, 1, 0, "record")
@@ -203,9 +227,7 @@ def test_a_bad_line_is_told_and_nothing_else_is_lost(tmp_path, line, reason):
     bad = line if isinstance(line, bytes) else line.encode()
     content = b"\r\n".join([b"\xef\xbb\xbf" + GOOD.encode(), b"", bad, GOOD.encode(), b""])
     kept = tmp_path / "rejects.jsonl"
-    reading = readers.read(
-        _write(tmp_path, content), settings=config.Reading(max_record_bytes=1000), rejects=kept
-    )
+    reading = readers.read(_write(tmp_path, content), settings=config.Reading(max_record_bytes=1000), rejects=kept)
     assert [dialogue.source for dialogue in reading] == ["in.jsonl:1", "in.jsonl:4"]
     assert _counts(reading) == ("pairs", 2, 1, 0)
     (written,) = [json.loads(row) for row in kept.read_text(encoding="utf-8").splitlines()]
@@ -416,8 +438,7 @@ def test_shared_visits_by_csv(name):
         for row in csv.DictReader(file):
             said = re.findall(r"(?m)^[\s\"]*([A-Z]\w+):", row["dialogue"])
             marks = "".join(
-                "u" if re.match("(Patient|Guest_family|Gest|Docotr|Guest_clinican)", who) else "a"
-                for who in said
+                "u" if re.match("(Patient|Guest_family|Gest|Docotr|Guest_clinican)", who) else "a" for who in said
             )
             exchanges += len(re.findall("u+a", marks))
             empty += not re.search("ua", marks)

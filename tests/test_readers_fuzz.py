@@ -25,9 +25,7 @@ LIMIT = 4096
 def _read(data: bytes, **options: str) -> tuple[readers.Reading | None, list[Dialogue]]:
     """Reads to the end; (None, []) where that is an InputError. Any other exception fails the test."""
     try:
-        reading = readers.read(
-            "-", stdin=io.BytesIO(data), settings=config.Reading(max_record_bytes=LIMIT), **options
-        )
+        reading = readers.read("-", stdin=io.BytesIO(data), settings=config.Reading(max_record_bytes=LIMIT), **options)
         found = list(reading)
     except InputError:
         return None, []
@@ -86,12 +84,8 @@ json_values = st.recursive(
 )
 fields = st.sampled_from(["input", "prompt", "response", "answer", "context", "preferred", "id", "time", "x"])
 objects = st.dictionaries(fields, json_values, max_size=6)
-bad_lines = st.sampled_from(
-    [b"{", b"x", b"[]", b"3", b"\xff", b'{"input": "\0"}', b"{" * 5000, b'{"input": 1', b'"']
-)
-lines = st.lists(
-    objects.map(lambda value: json.dumps(value).encode()) | bad_lines | st.just(GOOD), max_size=30
-)
+bad_lines = st.sampled_from([b"{", b"x", b"[]", b"3", b"\xff", b'{"input": "\0"}', b"{" * 5000, b'{"input": 1', b'"'])
+lines = st.lists(objects.map(lambda value: json.dumps(value).encode()) | bad_lines | st.just(GOOD), max_size=30)
 
 
 @given(lines, st.sampled_from([b"\n", b"\r\n", b"\n\n \n"]))
@@ -120,9 +114,7 @@ def test_every_element_before_the_break_is_kept(values, indent, data):
 
 
 @given(
-    st.lists(
-        st.tuples(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=9), text), min_size=1
-    ),
+    st.lists(st.tuples(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=9), text), min_size=1),
     st.sampled_from([",", "\t", ";"]),
 )
 @settings(max_examples=100, deadline=None)

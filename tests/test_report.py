@@ -40,8 +40,7 @@ EXCHANGES = [
     ),
     (
         "animals",
-        "Juno got into the cheese on the counter. She is on the low-fat diet for her pancreas, should I "
-        "worry?",
+        "Juno got into the cheese on the counter. She is on the low-fat diet for her pancreas, should I worry?",
         "Dogs love cheese! A little bit of cheese is usually fine as a treat, so you do not need to worry.",
         "Yes, watch her closely: fat can set off her pancreatitis. Give water only for 12 hours and call "
         "the vet if she vomits. Next: write down how many grams are missing.",
@@ -55,8 +54,7 @@ EXCHANGES = [
     ),
     (
         "leisure",
-        "The wind is turning north-west on Saturday. Is the long crossing to the skerries wise in the sea "
-        "kayak?",
+        "The wind is turning north-west on Saturday. Is the long crossing to the skerries wise in the sea kayak?",
         "Kayaking is a wonderful hobby! Always wear a life jacket and have fun out there!",
         "No, north-west wind stands against the ebb off the skerries after noon. Take the inner sound "
         "instead, it is 9 km and sheltered. Next: check the forecast on Friday at 18:00.",
@@ -78,8 +76,7 @@ EXCHANGES = [
     (
         "money",
         "The gallery wants forty percent and pays after ninety days. Should I sign?",
-        "Signing a contract is an important decision. There are many factors to consider, such as your "
-        "goals!",
+        "Signing a contract is an important decision. There are many factors to consider, such as your goals!",
         "Ask for 30 days before you sign: clay and gas are paid at once. Forty percent is usual for a "
         "gallery. Next: send them one sentence that asks for 30 days.",
     ),
@@ -187,9 +184,7 @@ def _buffer(rng: random.Random, offers: int, bins: int) -> dict[str, Any]:
             "reason": reason,
             "slot": slot,
         }
-        inside.append(
-            {**new, **text, "annotation": rng.choice(["edit", "accept", None]) if preferred else None}
-        )
+        inside.append({**new, **text, "annotation": rng.choice(["edit", "accept", None]) if preferred else None})
     kept = sum(d["action"] == "kept" for d in decisions)
     return {
         "policy": "sdss",
@@ -220,8 +215,7 @@ def _synthesis(rng: random.Random) -> dict[str, Any]:
                 {
                     "prompt": prompt,
                     "response": preferred,
-                    "variant_prompt": opening
-                    + ("How are you today?" if far else prompt[0].lower() + prompt[1:]),
+                    "variant_prompt": opening + ("How are you today?" if far else prompt[0].lower() + prompt[1:]),
                     "variant_response": preferred,
                     "rouge1": round(rng.uniform(0.1, 0.4) if far else rng.uniform(0.6, 0.95), 3),
                     "dropped": dropped,
@@ -335,9 +329,7 @@ def rendered(report: RunReport) -> str:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the drawings out, for tests of what is around them."""
-    monkeypatch.setattr(
-        plots, "_svg", lambda name, inches, draw, alt: f'<svg role="img" aria-label="{name}"></svg>'
-    )
+    monkeypatch.setattr(plots, "_svg", lambda name, inches, draw, alt: f'<svg role="img" aria-label="{name}"></svg>')
 
 
 def changed(report: RunReport, **changes: Any) -> RunReport:
@@ -484,9 +476,7 @@ def test_a_report_comes_back_as_it_was(undrawn, report, tmp_path):
 
 
 def test_a_setting_that_json_cannot_hold_becomes_null(undrawn, report, tmp_path):
-    written = RunReport.model_validate(
-        report.model_dump() | {"settings": {"tuning": {"clip": math.inf, "rank": 8}}}
-    )
+    written = RunReport.model_validate(report.model_dump() | {"settings": {"tuning": {"clip": math.inf, "rank": 8}}})
     write(written, tmp_path)
     assert load(tmp_path / "report.json").settings == {"tuning": {"clip": None, "rank": 8}}
 
@@ -583,9 +573,7 @@ def test_the_headline_says_what_the_interval_says(report, lo, hi, words):
 
 def test_the_headline_never_calls_a_rejected_or_missing_round_active(report):
     rejected = changed(report, **{"gate/accepted": False, "gate/reason": "general loss rose by 0.2."})
-    assert headline(rejected).endswith(
-        "Rejected: the new adapter is not active, since general loss rose by 0.2."
-    )
+    assert headline(rejected).endswith("Rejected: the new adapter is not active, since general loss rose by 0.2.")
     assert headline(changed(report, gate=None)).endswith("its adapter is not active.")
     assert headline(changed(report, **dict.fromkeys(SECTIONS))) == (
         "No held-out dialogue was measured. No round was run: the model is unchanged."
@@ -649,27 +637,23 @@ def test_equal_texts_and_earlier_entries_are_counted_in_the_buffer_over_time():
         return {"seq": seq, "id": name, "action": "kept", "domain": name[0], "evicted": evicted, **scores}
 
     text = {"prompt": "", "response": "", "eoe": 0, "dss": 0, "idd": 0, "reason": ""}
-    last = [("a", 6), ("z", 2), ("b", 9), ("d", 12)]
+    last = [("a", 6), ("z", 2), ("b", 9), ("d", 12), ("e", 14)]
     entries = [{"slot": i, "id": n, "seq": s, "domain": n[0], **text} for i, (n, s) in enumerate(last)]
-    # At first the bins hold old, old, z and c. The text "a" comes in twice and leaves once; "c" comes in once
-    # and leaves twice.
-    decisions = [
-        offer(5, "a", "old"),
-        offer(6, "a", "old"),
-        offer(9, "b", "a"),
-        offer(10, "c", "c"),
-        offer(12, "d", "c"),
-    ]
+    # At first the bins hold old (three times), z and c. The text "a" comes in twice and leaves
+    # once; "c" comes in once and leaves twice.
+    came = [(5, "a", "old"), (6, "a", "old"), (9, "b", "a"), (10, "c", "old"), (12, "d", "c"), (14, "e", "c")]
+    decisions = [offer(*one) for one in came]
     buffer = example_report(40).buffer.model_dump() | {"entries": entries, "decisions": decisions}
     steps, counts = plots.occupancy(type(example_report(40).buffer).model_validate(buffer))
-    assert steps == [5, 5, 6, 9, 10, 12, 12]
+    assert steps == [5, 5, 6, 9, 10, 12, 14, 14]
     assert counts == {
-        "a": [0, 1, 2, 1, 1, 1, 1],
-        "b": [0, 0, 0, 1, 1, 1, 1],
-        "c": [1, 1, 1, 1, 1, 0, 0],
-        "d": [0, 0, 0, 0, 0, 1, 1],
-        "z": [1, 1, 1, 1, 1, 1, 1],
-        plots.EARLIER: [2, 1, 0, 0, 0, 0, 0],
+        "a": [0, 1, 2, 1, 1, 1, 1, 1],
+        "b": [0, 0, 0, 1, 1, 1, 1, 1],
+        "c": [1, 1, 1, 1, 2, 1, 0, 0],
+        "d": [0, 0, 0, 0, 0, 1, 1, 1],
+        "e": [0, 0, 0, 0, 0, 0, 1, 1],
+        "z": [1, 1, 1, 1, 1, 1, 1, 1],
+        plots.EARLIER: [3, 2, 1, 1, 0, 0, 0, 0],
     }
 
 
@@ -715,9 +699,7 @@ def test_the_page_is_well_formed_and_has_an_outline(rendered):
 
 def test_the_page_needs_nothing_from_outside(rendered):
     outline = Outline(rendered)
-    assert not {"script", "link", "img", "iframe", "object", "base", "form"} & {
-        tag for tag, _ in outline.tags
-    }
+    assert not {"script", "link", "img", "iframe", "object", "base", "form"} & {tag for tag, _ in outline.tags}
     for _, attributes in outline.tags:
         for name, value in attributes.items():
             assert not name.startswith("on")
@@ -739,9 +721,7 @@ def test_every_text_is_escaped(report):
 
     FIXED = {"schema_version", "created", "action", "annotation"}  # noqa: N806
     value = report.model_dump(mode="json")
-    poisoned = poison(
-        value | {"annotation": None, "stages": {HOSTILE: 1.0}, "settings": {HOSTILE: {"a": HOSTILE}}}
-    )
+    poisoned = poison(value | {"annotation": None, "stages": {HOSTILE: 1.0}, "settings": {HOSTILE: {"a": HOSTILE}}})
     text = page.render(RunReport.model_validate(poisoned))
     outline = Outline(text)
     assert not {"script", "img"} & {tag for tag, _ in outline.tags}
@@ -818,9 +798,7 @@ def test_held_out_dialogues_without_answers_are_said_to_have_none(undrawn, repor
 def test_reading_reports_loads_no_plotting_library():
     import subprocess
 
-    code = (
-        "import sys, edge_sdss.report; print({'matplotlib', 'jinja2', 'torch', 'scipy'} & set(sys.modules))"
-    )
+    code = "import sys, edge_sdss.report; print({'matplotlib', 'jinja2', 'torch', 'scipy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "set()"
     assert package.__all__ == sorted(package.__all__)

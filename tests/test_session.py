@@ -7,9 +7,10 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
+import numpy as np
 import talk
 
-from edge_sdss import gate
+from edge_sdss import gate, general
 from edge_sdss.errors import BudgetExceeded, ConfigError, InputError
 from edge_sdss.lm import LanguageModel
 from edge_sdss.session import Session
@@ -156,19 +157,30 @@ def test_nothing_held_out_for_the_gate_is_trained_on(opened, monkeypatch):
     from edge_sdss.tuning import trainer
 
     real = trainer.train
-    monkeypatch.setattr(trainer, "train", lambda lm, examples, *a, **k: seen.extend(examples) or real(lm, examples, *a, **k))
+    monkeypatch.setattr(
+        trainer, "train", lambda lm, examples, *a, **k: seen.extend(examples) or real(lm, examples, *a, **k)
+    )
     adapted(session)
     held = {e.dialogue_id for e in session.examples(held_out=True)}
     assert held
     assert not held & {e.dialogue_id for e in seen}
 
 
-def test_a_rejected_round_leaves_the_adapter_before_active(opened):
-    first = adapted(opened())
-    session = opened(gate={"max_forgetting": 0.0, "holdout": 0.0}, tuning={"learning_rate": 0.3, "epochs": 4})
+@pytest.mark.parametrize("worse", ["personal", "general"])
+def test_a_rejected_round_leaves_the_adapter_before_active(opened, monkeypatch, worse):
+    session = opened(gate={"max_forgetting": 0.05, "holdout": 0.5})
+    monkeypatch.setattr(session, "nll", lambda examples, adapter: np.ones(len(examples)))
+    first = adapted(session)
+    set_in_question = general.examples() if worse == "general" else session.examples(held_out=True)
+
+    def losses(examples, adapter):
+        new = adapter == session.adapter_folder(2)
+        return np.ones(len(examples)) + (0.06 if new and tuple(examples) == tuple(set_in_question) else 0)
+
+    monkeypatch.setattr(session, "nll", losses)
     second = session.adapt()
     assert not second.verdict.accepted
-    assert "general loss" in second.verdict.reason
+    assert f"{worse} loss" in second.verdict.reason
     assert session.active_adapter == first.tuned.adapter
     assert second.tuned.adapter.exists()
 
@@ -227,10 +239,12 @@ def test_a_round_interrupted_after_training_takes_in_what_changed_since(opened, 
         session.adapt()
     monkeypatch.undo()
     assert session.active_adapter is None
-    session.forget(session.examples(held_out=False)[0].dialogue_id)
+    gone = session.examples(held_out=False)[0].dialogue_id
+    session.forget(gone)
     done = session.adapt()
     assert done.number == 1
-    assert done.tuned.examples == len(session.examples(held_out=False)) * 2
+    assert done.tuned.examples == len(session.examples(held_out=False)) + done.synthesised.kept
+    assert gone not in {v.dialogue_id for v in done.variants}
 
 
 def test_a_round_is_due_every_interval_offers(opened):

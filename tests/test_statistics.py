@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from edge_sdss.errors import InputError
 from edge_sdss.statistics import mean_interval, paired_interval
+from edge_sdss.types import Interval
 
 pytest.importorskip("scipy")
 
@@ -60,12 +61,13 @@ def test_same_seed_same_interval_and_more_confidence_is_wider() -> None:
 
 
 def test_degenerate_cases_are_defined() -> None:
-    assert mean_interval([2.0, 2.0, 2.0]) == (mean_interval([2.0, 2.0]).__class__)(2.0, 2.0, 2.0, 3)
-    one = mean_interval([2.0])
-    assert (one.mean, one.lo, one.hi, one.n) == (2.0, -math.inf, math.inf, 1)
+    assert mean_interval([2.0, 2.0, 2.0]) == Interval(2.0, 2.0, 2.0, 3)
+    assert mean_interval([2.0]) == Interval(2.0, 2.0, 2.0, 1)
     assert math.isnan(mean_interval([1.0, math.inf]).mean)
-    almost = mean_interval([0.0] * 30 + [1.0])  # BCa is hardly defined here
-    assert 0 <= almost.lo <= almost.mean <= almost.hi <= 1
+    tiny = mean_interval([1e-200, 2e-200, 5e-200])  # the cubes that BCa needs underflow
+    assert 1e-200 <= tiny.lo < tiny.mean < tiny.hi <= 5e-200
+    lopsided = mean_interval([0.0] * 30 + [1.0])
+    assert 0 <= lopsided.lo <= lopsided.mean <= lopsided.hi <= 1
 
 
 def test_refuses_what_cannot_be_compared() -> None:

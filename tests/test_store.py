@@ -99,7 +99,7 @@ def test_annotations_come_back_with_their_exemplar_and_leave_with_it(store):
     assert found[first] == Annotation("edit", "wanted")
     assert found[second] == Annotation("accept")
     assert store.answers() == {"edit": 1, "accept": 1}
-    more, rows = list(Stream(seed=8).take(1))[0]
+    more, rows = next(Stream(seed=8).take(1))
     decision = selector.decide(more, rows)
     assert first in decision.evicted.values()
     store.record(decision)

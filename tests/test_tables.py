@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import math
-import multiprocessing
 import re
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -75,31 +76,24 @@ def test_a_line_that_does_not_fit_is_refused_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def write_many(folder: Path, writer: int) -> None:
-    for step in range(20):
-        results.append([{**LINE, "case": f"{writer}-{step}-{part}", "settings": {"pad": "x" * 5000}}
-                        for part in range(2)], folder)  # fmt: skip
-
-
-def test_writers_at_the_same_time_tear_no_line(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=write_many, args=(tmp_path, writer)) for writer in range(3)]
-    for writer in writers:
+def test_append_waits_for_another_writer(tmp_path: Path) -> None:
+    file = tmp_path / f"{results.device_name()}.jsonl"
+    writer = threading.Thread(target=results.append, args=([LINE, LINE], tmp_path))
+    with file.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
         writer.start()
-    for writer in writers:
-        writer.join()
-    cases = [line["case"] for line in tables.read(tmp_path)]
-    assert sorted(cases) == sorted(f"{w}-{s}-{p}" for w in range(3) for s in range(20) for p in range(2))
-    assert all(cases[i + 1] == cases[i][:-1] + "1" for i in range(0, len(cases), 2))
+        writer.join(0.5)
+        assert writer.is_alive()
+        other.write(json.dumps(stored(case="other")) + "\n")
+    writer.join()
+    assert [line["case"] for line in tables.read(tmp_path)] == ["other", "package", "package"]
 
 
 def test_the_device_is_a_slug_that_names_the_cores() -> None:
     assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*-\d+-cores", results.device_name())
 
 
-def test_commit_tells_a_changed_tree_but_not_new_results(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commit_tells_a_changed_tree_but_not_new_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_with(tmp_path / "benchmarks", stored()) / "results"
     monkeypatch.setattr(results, "FOLDER", folder)
     assert results.commit() == "unknown"
@@ -135,8 +129,7 @@ def test_a_row_says_interval_peer_device_and_emulation() -> None:
     row = stored(lo=40.5, hi=1234.5, n=15, peer="a|b", ratio=0.123456, emulated=True, value=41.23456)
     *_, line = tables.table([row]).splitlines()
     assert line == (
-        "| package | median time | 41.23 ms | 40.5 to 1,234 | 15 | a\\|b (× 0.1235)"
-        " | board (emulated) | abc1234 |"
+        "| package | median time | 41.23 ms | 40.5 to 1,234 | 15 | a\\|b (× 0.1235) | board (emulated) | abc1234 |"
     )
 
 

@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """The trainer against dense computations, plain loops, and processes killed at every write point."""
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ EXAMPLES = [
 ]
 
 
-class Interrupted(Exception):  # noqa: N818
+class Interrupted(Exception):
     pass
 
 
@@ -78,9 +77,7 @@ def lm(folder: Path) -> LanguageModel:
 # The loss
 
 
-@pytest.mark.parametrize(
-    ("tokens", "width", "vocabulary", "chunk"), [(1, 1, 2, 1), (7, 5, 11, 3), (33, 16, 97, 200)]
-)
+@pytest.mark.parametrize(("tokens", "width", "vocabulary", "chunk"), [(1, 1, 2, 1), (7, 5, 11, 3), (33, 16, 97, 200)])
 def test_loss_and_gradient_are_those_of_the_dense_computation(
     tokens: int, width: int, vocabulary: int, chunk: int
 ) -> None:
@@ -253,9 +250,7 @@ def test_losses_are_those_of_a_plain_loop(lm: LanguageModel, folder: Path, tmp_p
     torch.manual_seed(SETTINGS.seed)
     base = AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(SETTINGS.seed)
-    model = get_peft_model(
-        base, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learnt, weight_decay=0.0, foreach=False)
     plan = [rows for epoch in range(2) for rows in batches([len(e.ids) for e in encoded], 4, 0, epoch)]
@@ -265,10 +260,7 @@ def test_losses_are_those_of_a_plain_loop(lm: LanguageModel, folder: Path, tmp_p
         ids = torch.tensor([e.ids + [2] * (width - len(e.ids)) for e in chosen])
         mask = torch.tensor([[1] * len(e.ids) + [0] * (width - len(e.ids)) for e in chosen])
         labels = torch.tensor(
-            [
-                [-100] * e.prompt_tokens + e.ids[e.prompt_tokens :] + [-100] * (width - len(e.ids))
-                for e in chosen
-            ]
+            [[-100] * e.prompt_tokens + e.ids[e.prompt_tokens :] + [-100] * (width - len(e.ids)) for e in chosen]
         )
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
@@ -310,15 +302,16 @@ def test_continues_from_an_adapter(lm: LanguageModel, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt])
-def test_model_is_left_as_found_when_interrupted(
-    lm: LanguageModel, tmp_path: Path, error: type[BaseException]
-) -> None:
+def test_model_is_left_as_found_when_interrupted(lm: LanguageModel, tmp_path: Path, error: type[BaseException]) -> None:
     attached = train(lm, EXAMPLES, SETTINGS, tmp_path / "a").adapter
     for adapter in (None, attached):
         lm.attach(adapter)
         before = snapshot(lm)
+        norm = lm.base.model.norm.weight.requires_grad_(True)
         with pytest.raises(error):
             train(lm, EXAMPLES, SETTINGS, tmp_path / "b", progress=stop_at(1, error))
+        assert norm.requires_grad
+        norm.requires_grad_(False)
         assert_as_before(lm, before, adapter)
         assert not (tmp_path / "b").exists()
 
@@ -343,9 +336,7 @@ def test_model_is_left_as_found_when_interrupted_while_layers_go_in(
     assert_as_before(lm, before, None)
 
 
-def test_refuses_no_examples_a_foreign_folder_and_a_loss_that_is_not_finite(
-    lm: LanguageModel, tmp_path: Path
-) -> None:
+def test_refuses_no_examples_a_foreign_folder_and_a_loss_that_is_not_finite(lm: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no example"):
         train(lm, [], SETTINGS, tmp_path / "a")
     (tmp_path / "mine").mkdir()
@@ -391,9 +382,7 @@ def test_resumes_from_the_newest_valid_checkpoint(lm: LanguageModel, tmp_path: P
     data[-3] ^= 1
     tensors.write_bytes(data)
     seen: list[int] = []
-    found = train(
-        lm, EXAMPLES, settings, tmp_path / "a", progress=lambda _stage, done, _total: seen.append(done)
-    )
+    found = train(lm, EXAMPLES, settings, tmp_path / "a", progress=lambda _stage, done, _total: seen.append(done))
     assert seen[0] == 4
     assert not kept.exists()
     assert sha256(found.adapter / WEIGHTS) == sha256(whole.adapter / WEIGHTS)

@@ -32,13 +32,15 @@ def pool(tokens: Array, offsets: npt.NDArray[np.int64], pooling: str) -> npt.NDA
         if b > a:
             row[:] = rows[b - 1] if pooling == "last" else rows[a:b].mean(axis=0)
     norms = np.sqrt(np.einsum("ij,ij->i", pooled, pooled, dtype=np.float64))[:, None]
-    return np.divide(pooled, norms, out=np.zeros_like(pooled), where=norms != 0, casting="same_kind")
+    unit: npt.NDArray[np.float32] = np.divide(pooled, np.where(norms > 0, norms, 1.0)).astype(np.float32)
+    return unit
 
 
 def dissimilarity(vectors: Array, means: Array) -> npt.NDArray[np.float64]:
     """1 - v·m per row, clipped to [0, 1]."""
     cosine = np.einsum("ij,ij->i", vectors, means, dtype=np.float64)
-    return np.clip(1.0 - cosine, 0.0, 1.0)
+    clipped: npt.NDArray[np.float64] = np.clip(1.0 - cosine, 0.0, 1.0)
+    return clipped
 
 
 def _entropy_of(weights: Array, states: int) -> float:

@@ -59,9 +59,7 @@ def _check_card(asked: str, card: Path, fingerprint: str) -> None:
     try:
         base = json.loads(card.read_text(encoding="utf-8")).get("base_fingerprint", fingerprint)
     except (OSError, ValueError, AttributeError) as error:
-        raise InputError(
-            message(asked, f"{card.name} cannot be read, {_line(error)}", "delete it")
-        ) from error
+        raise InputError(message(asked, f"{card.name} cannot be read, {_line(error)}", "delete it")) from error
     if base != fingerprint:
         found = f"it was trained on the model {str(base)[:12]}, this one is {fingerprint[:12]}"
         raise InputError(message(asked, found, "load the model it was trained on"))

@@ -25,9 +25,7 @@ def torch_module() -> ModuleType:
         import transformers  # noqa: F401
     except ImportError as error:
         found = f"the package {error.name} is not installed"
-        raise BackendUnavailable(
-            message("load a model", found, "run `pip install 'edge_sdss[train]'`")
-        ) from error
+        raise BackendUnavailable(message("load a model", found, "run `pip install 'edge_sdss[train]'`")) from error
     return torch
 
 
@@ -76,9 +74,7 @@ def load(folder: Path, dtype: Any) -> tuple[Any, Any]:
     except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
         raise InputError(message(asked, _line(error), "give a causal language model")) from error
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise InputError(
-            message(asked, "there is no tokenizer in it", "put the model's tokenizer.json there")
-        )
+        raise InputError(message(asked, "there is no tokenizer in it", "put the model's tokenizer.json there"))
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, **local)
@@ -98,9 +94,7 @@ def _cached(name: str) -> Path:
         do = f"run `hf download {name}` where there is a network, or give a folder"
         raise BackendUnavailable(message(f"load model {name}", found, do)) from error
     except HFValidationError as error:
-        raise InputError(
-            message(f"load model {name}", "there is no such folder", "check the path")
-        ) from error
+        raise InputError(message(f"load model {name}", "there is no such folder", "check the path")) from error
 
 
 def _line(error: Exception) -> str:

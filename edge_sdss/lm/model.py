@@ -157,6 +157,7 @@ class LanguageModel:
         top_p: float = 1.0,
         seed: int = 0,
         batch_size: int = 16,
+        prefix: str = "",
         stop: tuple[str, ...] = (),
         progress: Progress = no_progress,
     ) -> list[Generation]:
@@ -164,11 +165,12 @@ class LanguageModel:
 
         Sampling takes a conversation's random numbers from (seed, its index), so an answer does not depend
         on what else is in its batch. `top_p` keeps the smallest set of most probable tokens with at least
-        that mass (nucleus sampling, Holtzman et al., arXiv 1904.09751). A text in `stop` ends the answer
-        and is not part of it.
+        that mass (nucleus sampling, Holtzman et al., arXiv 1904.09751). An answer begins after
+        `prefix`, which is put in the model's mouth, and ends before a text in `stop`; neither is part of it.
         """
         room = max(self.context - max_new_tokens, 1)
-        prompts = [self.chat.prompt_ids(turns, room) for turns in conversations]
+        opened = self.tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
+        prompts = [[*self.chat.prompt_ids(turns, room - len(opened)), *opened] for turns in conversations]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         answers: dict[int, Generation] = {}
         for start in range(0, len(order), batch_size):
@@ -209,9 +211,7 @@ class LanguageModel:
             for weight in trainable:
                 weight.requires_grad_(True)
 
-    def _forward(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any, keep: int
-    ) -> Any:
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any, keep: int) -> Any:
         options = {"position_ids": positions, "logits_to_keep": keep}
         taken = {name: value for name, value in options.items() if name in self._accepts}
         if cache is not None:

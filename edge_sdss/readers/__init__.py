@@ -17,12 +17,12 @@ from typing import Any, BinaryIO, Literal, TextIO, cast
 
 from edge_sdss import config
 from edge_sdss.errors import InputError, message
-from edge_sdss.readers import detect, records
+from edge_sdss.readers import detect, records, turns
 from edge_sdss.readers.detect import FORMATS
 from edge_sdss.readers.records import Raw, Record, RecordError
 from edge_sdss.types import Dialogue
 
-__all__ = ["FORMATS", "Reading", "Reject", "read"]
+__all__ = ["FORMATS", "Reading", "Reject", "one", "read"]
 
 _REJECTS_SHOWN = 20
 _RECORD_SHOWN = 2000
@@ -91,9 +91,7 @@ class Reading(Iterator[Dialogue]):
                 source = self._records(self._cut(pieces, shape, delimiter), shape, delimiter)
                 self.format, source = self._choose(source, detect.container_of(shape))
                 yield None
-                for record, outcome in detect.load(self.format).outcomes(
-                    source, self._settings.context_turns
-                ):
+                for record, outcome in detect.load(self.format).outcomes(source, self._settings.context_turns):
                     if isinstance(outcome, Dialogue):
                         self.accepted += 1
                         yield outcome
@@ -181,9 +179,7 @@ class Reading(Iterator[Dialogue]):
             if found and wanted and wanted.container != container:
                 break
         if others:
-            raise self._fail(
-                f"--format {asked} was asked for, but it is {others[0]}", f"leave out --format {asked}"
-            )
+            raise self._fail(f"--format {asked} was asked for, but it is {others[0]}", f"leave out --format {asked}")
         if not before:
             raise self._nothing()
         start = _shown(before[0].text.encode())
@@ -238,3 +234,12 @@ def read(
 
 def _shown(start: bytes) -> str:
     return repr(start.split(b"\n", 1)[0][:60].decode("utf-8", "replace"))
+
+
+def one(prompt: str, response: str, source: str) -> Dialogue:
+    """A single dialogue under the checks of a file's. Raises InputError for text that cannot be used."""
+    try:
+        asked = turns.filled(prompt, "prompt", "empty prompt")
+        return Dialogue(asked, turns.clean(response, "response"), source=source)
+    except RecordError as problem:
+        raise InputError(message(f"read the dialogue of the {source}", str(problem), "mend the text")) from problem

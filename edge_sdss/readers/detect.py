@@ -55,9 +55,7 @@ def load(name: str) -> Format:
 def match(value: object, container: Container) -> str | None:
     """Returns the first format that such a value is of, or None."""
     candidates = ((name, load(name)) for name in FORMATS)
-    return next(
-        (name for name, each in candidates if each.container == container and each.matches(value)), None
-    )
+    return next((name for name, each in candidates if each.container == container and each.matches(value)), None)
 
 
 def container_of(shape: Shape) -> Container:
@@ -109,11 +107,7 @@ def _look(lines: Iterator[Raw], seen: list[bytes]) -> tuple[Shape, str]:
             return "json array", ""
         if raw.data.startswith(b"{") and not raw.problem and _is_json(data, dict):
             return "json lines", ""
-        if (
-            not raw.problem
-            and not data.startswith((b"{", b"["))
-            and (found := _text_shape(raw, len(looked) == 1))
-        ):
+        if not raw.problem and not data.startswith((b"{", b"[")) and (found := _text_shape(raw, len(looked) == 1)):
             return found
         if len(looked) == _LOOK_LINES:
             break

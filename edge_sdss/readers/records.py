@@ -145,9 +145,7 @@ def rows(stream: Iterable[bytes], limit: int, delimiter: str) -> Iterator[Raw]:
     while (first := again.pop() if again else next(source, None)) is not None:
         group, size = [first], len(first.data)
         is_open = _open(first.data, mark, False) and not first.problem
-        while (
-            is_open and size <= min(limit, budget) and (line := again.pop() if again else next(source, None))
-        ):
+        while is_open and size <= min(limit, budget) and (line := again.pop() if again else next(source, None)):
             group.append(line)
             size += len(line.data)
             is_open = _open(line.data, mark, True)

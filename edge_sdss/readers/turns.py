@@ -135,9 +135,7 @@ def _stepped(talk: Talk, step: Step) -> Dialogue | None:
     if exchange is None:
         return None
     context, prompt, response = exchange
-    return Dialogue(
-        prompt, response, context, step.preferred, step.conversation, step.time, step.record.source
-    )
+    return Dialogue(prompt, response, context, step.preferred, step.conversation, step.time, step.record.source)
 
 
 def dialogues(

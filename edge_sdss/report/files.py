@@ -31,9 +31,7 @@ def load(path: Path) -> RunReport:
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except OSError as error:
-        raise InputError(
-            message(asked, error.strerror or "unreadable", "give a run's report.json")
-        ) from error
+        raise InputError(message(asked, error.strerror or "unreadable", "give a run's report.json")) from error
     except (ValueError, RecursionError) as error:
         raise InputError(message(asked, f"no valid JSON, {error}", "give a run's report.json")) from error
     return _validated(value, asked)

@@ -33,9 +33,7 @@ def render(report: RunReport) -> str:
         from markupsafe import Markup
     except ImportError as error:
         found = "jinja2 is not installed"
-        raise BackendUnavailable(
-            message("write report.html", found, "pip install 'edge_sdss[train]'")
-        ) from error
+        raise BackendUnavailable(message("write report.html", found, "pip install 'edge_sdss[train]'")) from error
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters.update(num=num, signed=signed, count=count, size=size, duration=duration, share=share)
     page.filters.update(change=_delta)
@@ -109,9 +107,7 @@ class Answers:
     def of(cls, result: EvalInfo | None) -> Answers:
         """Picks at most four of each."""
         items = [
-            i
-            for i in (result.items if result else ())
-            if i.answer_before is not None and i.answer_after is not None
+            i for i in (result.items if result else ()) if i.answer_before is not None and i.answer_after is not None
         ]
         changes = sorted(((_rank(item), i) for i, item in enumerate(items)))
         better = [items[i] for change, i in changes if change < 0]
@@ -191,9 +187,7 @@ def _delta_drawings(result: EvalInfo) -> dict[str, str]:
         unit = ", nats per token"
         drawn["delta_nll"] = plots.differences("NLL", nll, result.delta_nll, unit, lower_is_better=True)
     if rouge1 and result.delta_rouge1:
-        drawn["delta_rouge1"] = plots.differences(
-            "ROUGE-1", rouge1, result.delta_rouge1, "", lower_is_better=False
-        )
+        drawn["delta_rouge1"] = plots.differences("ROUGE-1", rouge1, result.delta_rouge1, "", lower_is_better=False)
     return drawn
 
 

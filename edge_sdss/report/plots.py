@@ -92,7 +92,7 @@ def occupancy(buffer: Buffer) -> tuple[list[int], dict[str, list[int]]]:
     domain is `EARLIER` where nothing tells it.
     """
     kept = [offer for offer in buffer.decisions if offer.action == "kept"]
-    home = {one.id: one.domain for one in (*kept, *buffer.entries)}
+    home = {offer.id: offer.domain for offer in kept} | {entry.id: entry.domain for entry in buffer.entries}
     offered = {offer.seq for offer in kept}
     inside = [entry.id for entry in buffer.entries if entry.seq not in offered]
     balance: Counter[str] = Counter()
@@ -160,9 +160,7 @@ def planes(buffer: Buffer, shown: Sequence[Series]) -> list[str]:
     named = {one.name: one for one in shown}
     left = {entry.seq for entry in buffer.entries}
     dropped = [offer for offer in offers if offer.action == "dropped"]
-    kept = {
-        one: [o for o in offers if o.action == "kept" and named.get(o.domain, REST) == one] for one in shown
-    }
+    kept = {one: [o for o in offers if o.action == "kept" and named.get(o.domain, REST) == one] for one in shown}
 
     def plane(x: str, y: str) -> str:
         def draw(figure: Figure) -> None:
@@ -248,9 +246,7 @@ def _svg(name: str, inches: tuple[float, float], draw: Any, alt: str) -> str:
         from matplotlib.figure import Figure
     except ImportError as error:
         found = "matplotlib is not installed"
-        raise BackendUnavailable(
-            message("draw the report", found, "pip install 'edge_sdss[train]'")
-        ) from error
+        raise BackendUnavailable(message("draw the report", found, "pip install 'edge_sdss[train]'")) from error
     text = io.StringIO()
     # The name as salt: ids are the same in every run, and differ between the drawings of a page.
     style: Any = {**_STYLE, "svg.hashsalt": name}
@@ -268,9 +264,7 @@ def _inline(svg: str, alt: str) -> str:
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     for variable, color in STAND_IN.items():
         svg = svg.replace(color, f"var({variable})")
-    svg = re.sub(
-        r"<svg[^>]*?viewBox=(\"[^\"]*\")[^>]*>", rf"<svg viewBox=\1 {_NAMESPACES} LABEL>", svg, count=1
-    )
+    svg = re.sub(r"<svg[^>]*?viewBox=(\"[^\"]*\")[^>]*>", rf"<svg viewBox=\1 {_NAMESPACES} LABEL>", svg, count=1)
     svg = svg.replace("LABEL", f'role="img" aria-label="{html.escape(alt)}"', 1)
     return re.sub(r"\n\s*", "\n", svg).strip()
 

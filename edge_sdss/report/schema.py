@@ -164,9 +164,7 @@ class TuningInfo(_Record):
 class Quality(_Record):
     """How good the answers to held-out prompts are. None where no item was answered or NLL is not finite."""
 
-    nll: Measured = Field(
-        description="negative log-likelihood of the wanted answers, nats per token; lower is better"
-    )
+    nll: Measured = Field(description="negative log-likelihood of the wanted answers, nats per token; lower is better")
     rouge1: Measured = Field(default=None, description="ROUGE-1 F1 with the wanted answers, 0 to 1")
     rougeL: Measured = Field(default=None, description="ROUGE-L F1 with the wanted answers, 0 to 1")  # noqa: N815
     length_ratio: Measured = Field(
@@ -263,9 +261,7 @@ class RunReport(_Record):
     model: ModelInfo = Field(description="the language model")
     stream: Stream = Field(description="what was read")
     buffer: Buffer = Field(description="what was kept")
-    annotation: AnnotationCounts | None = Field(
-        default=None, description="what the user said; None if not asked"
-    )
+    annotation: AnnotationCounts | None = Field(default=None, description="what the user said; None if not asked")
     synthesis: SynthesisInfo | None = Field(default=None, description="variants written; None if not run")
     tuning: TuningInfo | None = Field(default=None, description="the LoRA round; None if not run")
     eval: EvalInfo | None = Field(default=None, description="held-out quality; None if not run")

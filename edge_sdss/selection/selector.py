@@ -43,7 +43,13 @@ class Selector:
     """Offers go in, decisions come out: `decide` changes nothing, `apply` carries a decision out."""
 
     def __init__(
-        self, settings: config.Selection, buffer: Buffer, lexicon: Lexicon, *, device: str = "cpu", offers: int = 0
+        self,
+        settings: config.Selection,
+        buffer: Buffer,
+        lexicon: Lexicon,
+        *,
+        device: str = "cpu",
+        offers: int = 0,
     ) -> None:
         """`offers` is the number of offers already made, for a stream that goes on."""
         self.settings = settings
@@ -74,7 +80,15 @@ class Selector:
         evicted = {slot: self.buffer.entries[slot].dialogue.id for slot in slots}
         slot = slots[0] if slots else self.buffer.free_slot()
         return Decision(
-            candidate.seq, dialogue.id, "kept", candidate.domain, candidate.scores, reason, slot, evicted, exemplar
+            candidate.seq,
+            dialogue.id,
+            "kept",
+            candidate.domain,
+            candidate.scores,
+            reason,
+            slot,
+            evicted,
+            exemplar,
         )
 
     def apply(self, decision: Decision) -> None:

@@ -74,17 +74,11 @@ def head(base: Any) -> Tensor:
     Raises InputError where the logits are not simply hidden @ weight.T.
     """
     layer = base.get_output_embeddings()
-    odd = [
-        name
-        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
-        if _set(base.config, name)
-    ]
+    odd = [name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling") if _set(base.config, name)]
     if layer is None or getattr(layer, "bias", None) is not None:
         odd.append("a head with a bias" if layer is not None else "no head")
     if odd:
-        raise InputError(
-            message(f"tune {type(base).__name__}", f"it has {odd[0]}", "choose a Llama-like model")
-        )
+        raise InputError(message(f"tune {type(base).__name__}", f"it has {odd[0]}", "choose a Llama-like model"))
     weight: Tensor = layer.weight
     return weight
 

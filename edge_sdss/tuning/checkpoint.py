@@ -78,9 +78,7 @@ class Checkpoints:
         from safetensors.torch import save_file
 
         partial = fresh(self.folder / ".partial")
-        save_file(
-            {name: _plain(tensor) for name, tensor in state.tensors.items()}, partial / "tensors.safetensors"
-        )
+        save_file({name: _plain(tensor) for name, tensor in state.tensors.items()}, partial / "tensors.safetensors")
         record = {"key": self._key, "step": state.step, "record": state.record}
         (partial / "record.json").write_text(json.dumps(record), encoding="utf-8")
         manifest = {name: sha256(partial / name) for name in _FILES}

@@ -60,9 +60,7 @@ class Optimisation:
         self._model = model.train()
         lengths = [len(example.ids) for example in encoded]
         epochs = range(settings.epochs)
-        self._plan = [
-            rows for e in epochs for rows in batches(lengths, settings.batch_size, settings.seed, e)
-        ]
+        self._plan = [rows for e in epochs for rows in batches(lengths, settings.batch_size, settings.seed, e)]
         self._measured = _largest(self._plan, lengths)
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=0.0, weight_decay=0.0, fused=True)
@@ -100,9 +98,7 @@ class Optimisation:
             found[f"first.{name}"], found[f"second.{name}"] = state["exp_avg"], state["exp_avg_sq"]
         return found
 
-    def restore(
-        self, tensors: Mapping[str, torch.Tensor], done: Sequence[Step], peak_tensor_bytes: int
-    ) -> None:
+    def restore(self, tensors: Mapping[str, torch.Tensor], done: Sequence[Step], peak_tensor_bytes: int) -> None:
         """Goes to the state that `tensors` gave after the steps `done`."""
         self.done = list(done)
         self.peak_tensor_bytes = peak_tensor_bytes
@@ -126,9 +122,7 @@ class Optimisation:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._settings.clip)
         if not torch.isfinite(loss + norm):
-            found = (
-                f"the loss of step {number + 1} is {loss.item():.4g}, its gradient's norm {norm.item():.4g}"
-            )
+            found = f"the loss of step {number + 1} is {loss.item():.4g}, its gradient's norm {norm.item():.4g}"
             raise ConfigError(message("tune the model", found, "lower tuning.learning_rate"))
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -143,9 +137,7 @@ class Optimisation:
         # The position before an answer token predicts it.
         spans = [range(row.prompt_tokens - 1, len(row.ids) - 1) for row in rows]
         predicts = torch.tensor([i * width + j for i, span in enumerate(spans) for j in span], device=device)
-        targets = torch.tensor(
-            [token for row in rows for token in row.ids[row.prompt_tokens :]], device=device
-        )
+        targets = torch.tensor([token for row in rows for token in row.ids[row.prompt_tokens :]], device=device)
         # Nothing is masked: padding is on the right and attention causal, so no answer sees it. Saying so
         # with ones, not None, spares transformers building a mask.
         ones = torch.ones_like(ids)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ from edge_sdss.tuning.records import Round, Step
 from edge_sdss.types import Example, Progress, no_progress
 
 if TYPE_CHECKING:
-    from edge_sdss.lm import LanguageModel
+    from edge_sdss.lm import Encoded, LanguageModel
     from edge_sdss.tuning.steps import Optimisation
 
 __all__ = ["Round", "Step", "train"]
@@ -36,6 +37,7 @@ def train(
     *,
     start: Path | None = None,
     card: Mapping[str, Any] = {},
+    replace: bool = False,
     progress: Progress = no_progress,
 ) -> Round:
     """Trains an adapter on the answers of `examples` and writes it to the folder `out`.
@@ -45,26 +47,36 @@ def train(
     with `card` in it. Equal arguments on the same machine give equal weights, bit for bit, also where the
     process was killed on the way and `train` called again; where `out` is this very round, it is returned.
     `lm` is left as it was found.
-    Raises InputError without examples, or where `out` is something else; ConfigError where the loss is not
-    finite.
+    Raises InputError without examples, or where `out` is something else and not to be replaced; ConfigError
+    where the loss is not finite.
     """
     if not examples:
         raise InputError(message("tune the model", "no example", "annotate some dialogues first"))
     key = _key(lm, examples, settings, start)
     checkpoints = Checkpoints(out.with_name(f"{out.name}.checkpoint"), key)
+    if replace and out.exists() and _card(out).get("key") != key:
+        shutil.rmtree(out)
     if not out.exists():
-        _run(lm, examples, settings, out, start, {**card, "key": key}, checkpoints, progress)
+        known = {
+            **card,
+            "key": key,
+            "base": lm.name,
+            "base_fingerprint": lm.fingerprint,
+            "start": None if start is None else sha256(start / adapter.WEIGHTS),
+            "examples": len(examples),
+            "settings": settings.model_dump(),
+        }
+        encoded = [lm.encode(example, settings.max_tokens) for example in examples]
+        _run(lm, encoded, settings, out, start, known, checkpoints, progress)
     elif _card(out).get("key") != key:
-        raise InputError(
-            message(f"write an adapter to {out}", "something else is there", "name another folder")
-        )
+        raise InputError(message(f"write an adapter to {out}", "something else is there", "name another folder"))
     checkpoints.remove()
-    return _round(out)
+    return load(out)
 
 
 def _run(
     lm: LanguageModel,
-    examples: Sequence[Example],
+    encoded: Sequence[Encoded],
     settings: config.Tuning,
     out: Path,
     start: Path | None,
@@ -76,7 +88,6 @@ def _run(
 
     from edge_sdss.tuning.steps import Optimisation
 
-    encoded = [lm.encode(example, settings.max_tokens) for example in examples]
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         with adapter.trainable(lm, settings, start) as model:
@@ -90,20 +101,19 @@ def _run(
                     checkpoints.write(_state(run))
             partial = fresh(out.with_name(f".{out.name}.partial"))
             adapter.write(model, partial, lm.name)
-    facts = {
-        **card,
-        "base": lm.name,
-        "base_fingerprint": lm.fingerprint,
-        "start": None if start is None else sha256(start / adapter.WEIGHTS),
-        "sha256": sha256(partial / adapter.WEIGHTS),
-        "examples": len(examples),
-        "trainable_parameters": run.trainable_parameters,
-        "peak_tensor_bytes": run.peak_tensor_bytes,
-        "settings": settings.model_dump(),
-        "losses": [asdict(step) for step in run.done],
-    }
+    facts = {**card, **_measured(run), "sha256": sha256(partial / adapter.WEIGHTS)}
     (partial / CARD).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     publish(partial, out)
+
+
+def _measured(run: Optimisation) -> dict[str, Any]:
+    return {
+        "tokens": sum(step.tokens for step in run.done),
+        "seconds": sum(step.seconds for step in run.done),
+        "trainable_parameters": run.trainable_parameters,
+        "peak_tensor_bytes": run.peak_tensor_bytes,
+        "losses": [asdict(step) for step in run.done],
+    }
 
 
 def _state(run: Optimisation) -> State:
@@ -134,9 +144,7 @@ def _start(folder: Path) -> list[str]:
         return [sha256(folder / name) for name in (adapter.CONFIG, adapter.WEIGHTS)]
     except OSError as error:
         found = f"{error.strerror} for {error.filename}"
-        raise InputError(
-            message(f"continue from {folder}", found, "name the folder of an adapter")
-        ) from error
+        raise InputError(message(f"continue from {folder}", found, "name the folder of an adapter")) from error
 
 
 def _card(folder: Path) -> dict[str, Any]:
@@ -147,14 +155,15 @@ def _card(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _round(out: Path) -> Round:
+def load(out: Path) -> Round:
+    """Reads back what `train` returned for the folder `out`."""
     card = _card(out)
     losses = tuple(Step(**step) for step in card["losses"])
     return Round(
         adapter=out,
         steps=len(losses),
-        seconds=sum(step.seconds for step in losses),
-        tokens=sum(step.tokens for step in losses),
+        seconds=card["seconds"],
+        tokens=card["tokens"],
         examples=card["examples"],
         trainable_parameters=card["trainable_parameters"],
         peak_tensor_bytes=card["peak_tensor_bytes"],

@@ -35,10 +35,7 @@ _SPOKEN = re.compile(r"""\s*["']?([^\W\d_][\w .'-]{0,39}?)\s*:\s*(.*)""", re.DOT
 def matches(value: object) -> bool:
     """Whether a row, cells by column, looks like one of this format."""
     return isinstance(value, dict) and (
-        _is_turns(value)
-        or pairs.matches(value)
-        or alpaca.matches(value)
-        or _column(value, VISITS) is not None
+        _is_turns(value) or pairs.matches(value) or alpaca.matches(value) or _column(value, VISITS) is not None
     )
 
 
@@ -92,9 +89,7 @@ def _steps(rows: Iterable[Record]) -> Iterator[turns.Step | tuple[Record, Record
             conversation = turns.label(row, *CONVERSATIONS) or whole
             if conversation != name:
                 name, speakers = conversation, turns.Speakers()
-            role = speakers.role(
-                turns.filled(row.get(_column(row, SPEAKERS) or ""), "speaker", "empty speaker")
-            )
+            role = speakers.role(turns.filled(row.get(_column(row, SPEAKERS) or ""), "speaker", "empty speaker"))
             said = turns.filled(row.get(_column(row, TEXTS) or ""), "text", "empty text")
             added = (Turn(role, said),) if role else ()
             preferred = turns.optional(row.get("preferred"), "preferred")

@@ -33,9 +33,7 @@ def outcomes(record: Record, context_turns: int) -> Iterator[Dialogue | RecordEr
             yield from _day(record, turns.clean(user, "user"), turns.clean(date, "date"), talk, context_turns)
 
 
-def _day(
-    record: Record, user: str, date: str, talk: Any, context_turns: int
-) -> Iterator[Dialogue | RecordError]:
+def _day(record: Record, user: str, date: str, talk: Any, context_turns: int) -> Iterator[Dialogue | RecordError]:
     if not isinstance(talk, list):
         yield RecordError(f"wrong type: {date} is no list")
         return

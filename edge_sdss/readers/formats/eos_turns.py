@@ -58,7 +58,5 @@ def _window(text: str) -> dict[int, Turn]:
             raise RecordError("a turn is not `score speaker turn text`")
         speaker, number, said = parsed.groups()
         said = turns.clean(said or "", "text")
-        window[int(number)] = (
-            Turn("assistant", _STRATEGY.sub("", said)) if speaker == "1" else Turn("user", said)
-        )
+        window[int(number)] = Turn("assistant", _STRATEGY.sub("", said)) if speaker == "1" else Turn("user", said)
     return window

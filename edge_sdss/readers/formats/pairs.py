@@ -55,9 +55,7 @@ def context(value: object) -> list[Turn]:
         return [turn for turn in turns.listed(value, "context") if turn.text]
     texts = [turns.clean(item, "context") for item in value]
     return [
-        Turn("assistant" if (len(texts) - number) % 2 else "user", text)
-        for number, text in enumerate(texts)
-        if text
+        Turn("assistant" if (len(texts) - number) % 2 else "user", text) for number, text in enumerate(texts) if text
     ]
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from edge_sdss.errors import ConfigError, message
 
@@ -20,13 +22,17 @@ if TYPE_CHECKING:
     from edge_sdss.selection.selector import Candidate
 
 
+Slots = npt.NDArray[np.int64]
+"""Bins of the buffer, [k] int64."""
+
+
 class Policy(Protocol):
     """What each module in this package provides."""
 
     KEPT: str
     DROPPED: str
 
-    def replaceable(self, candidate: Candidate, buffer: Buffer) -> Sequence[int]:
+    def replaceable(self, candidate: Candidate, buffer: Buffer) -> Slots:
         """The bins that may be emptied for the candidate, the first choice first."""
 
 

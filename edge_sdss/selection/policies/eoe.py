@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from edge_sdss.selection.buffer import Buffer
+    from edge_sdss.selection.policies import Slots
     from edge_sdss.selection.selector import Candidate
 
 KEPT = "lower in EOE"
 DROPPED = "no entry is lower in EOE"
 
 
-def replaceable(candidate: Candidate, buffer: Buffer) -> Sequence[int]:
+def replaceable(candidate: Candidate, buffer: Buffer) -> Slots:
     """The entries strictly lower in EOE, in a drawn order."""
     lower = np.flatnonzero(buffer.eoe < candidate.scores.eoe)
-    return candidate.draws.permutation(lower).tolist() if len(lower) > 1 else lower.tolist()
+    return candidate.draws.permutation(lower) if len(lower) > 1 else lower

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from edge_sdss.selection.buffer import Buffer
+    from edge_sdss.selection.policies import Slots
     from edge_sdss.selection.selector import Candidate
 
 KEPT = "never"
 DROPPED = "the buffer is full and frozen"
 
 
-def replaceable(candidate: Candidate, buffer: Buffer) -> Sequence[int]:
+def replaceable(candidate: Candidate, buffer: Buffer) -> Slots:
     """None."""
-    return []
+    return buffer.used[:0]

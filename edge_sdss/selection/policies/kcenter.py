@@ -5,7 +5,6 @@ Source: the objective of Sener and Savarese (arXiv 1708.00489), as an online exc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,19 +12,20 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from edge_sdss.selection.buffer import Buffer
+    from edge_sdss.selection.policies import Slots
     from edge_sdss.selection.selector import Candidate
 
 KEPT = "closer to another entry than the new dialogue is to any"
 DROPPED = "closer to an entry than the two closest entries are to each other"
 
 
-def replaceable(candidate: Candidate, buffer: Buffer) -> Sequence[int]:
+def replaceable(candidate: Candidate, buffer: Buffer) -> Slots:
     """The entries whose nearest neighbour is nearer than the offer's, the nearest first; the newest of equals."""
     nearest = buffer.memo("nearest", lambda: _nearest(buffer.vectors))
     own = 1.0 - float((buffer.vectors @ candidate.vector).max(initial=-1.0))
     closer = np.flatnonzero(nearest < own)
     order = np.lexsort((-buffer.seq[buffer.used[closer]], nearest[closer]))
-    return buffer.used[closer[order]].tolist()
+    return buffer.used[closer[order]]
 
 
 def _nearest(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

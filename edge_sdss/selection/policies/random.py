@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from edge_sdss.selection.buffer import Buffer
+    from edge_sdss.selection.policies import Slots
     from edge_sdss.selection.selector import Candidate
 
 KEPT = "drawn at random"
 DROPPED = "never"
 
 
-def replaceable(candidate: Candidate, buffer: Buffer) -> Sequence[int]:
+def replaceable(candidate: Candidate, buffer: Buffer) -> Slots:
     """All entries, in a drawn order."""
-    return candidate.draws.permutation(buffer.used).tolist()
+    return candidate.draws.permutation(buffer.used)

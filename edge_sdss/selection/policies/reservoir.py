@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from edge_sdss.selection.buffer import Buffer
+    from edge_sdss.selection.policies import Slots
     from edge_sdss.selection.selector import Candidate
 
 KEPT = "drawn for the reservoir"
 DROPPED = "not drawn for the reservoir"
 
 
-def replaceable(candidate: Candidate, buffer: Buffer) -> Sequence[int]:
+def replaceable(candidate: Candidate, buffer: Buffer) -> Slots:
     """With probability K / seq all entries in a drawn order; K is the number of entries."""
     if candidate.draws.integers(candidate.seq) >= len(buffer):
-        return []
-    return candidate.draws.permutation(buffer.used).tolist()
+        return buffer.used[:0]
+    return candidate.draws.permutation(buffer.used)
