@@ -63,18 +63,14 @@ class Lexicon:
         self.domains = tuple(lists)
         if not self.domains:
             raise ConfigError(message("use a lexicon", "it has no domain", "give at least one list of words"))
-        self._lists_of: dict[str, set[int]] = {}
-        self._phrases_from: dict[str, list[tuple[tuple[str, ...], int]]] = {}
+        self._terms_from: dict[str, list[tuple[tuple[str, ...], int]]] = {}  # by first word
         digest = hashlib.sha256()
         for index, domain in enumerate(self.domains):
             terms = sorted({tuple(words(term.replace("_", " "))) for term in lists[domain]} - {()})
             if not terms:
                 raise ConfigError(message(f"use domain {domain!r}", "its list is empty", "add one term a line"))
             for term in terms:
-                if len(term) == 1:
-                    self._lists_of.setdefault(term[0], set()).add(index)
-                else:
-                    self._phrases_from.setdefault(term[0], []).append((term, index))
+                self._terms_from.setdefault(term[0], []).append((term, index))
             digest.update(repr((domain, terms)).encode())
         self.digest = digest.hexdigest()
 
@@ -83,19 +79,12 @@ class Lexicon:
         tokens = words(text)
         counts = [0] * len(self.domains)
         for position, token in enumerate(tokens):
-            for index in self._lists_at(tokens, position, token):
-                counts[index] += 1
+            if terms := self._terms_from.get(token):
+                for index in {i for term, i in terms if term == tuple(tokens[position : position + len(term)])}:
+                    counts[index] += 1
         most = max(counts)
         domain = self.domains[counts.index(most)] if most else GENERAL
         return Hits(tuple(counts), len(tokens), domain)
-
-    def _lists_at(self, tokens: list[str], position: int, token: str) -> Iterable[int]:
-        single = self._lists_of.get(token, ())
-        phrases = self._phrases_from.get(token)
-        if not phrases:
-            return single
-        found = {i for term, i in phrases if tuple(tokens[position : position + len(term)]) == term}
-        return found.union(single)
 
 
 def load(folder: Path | None = None) -> Lexicon:

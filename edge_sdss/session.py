@@ -252,13 +252,13 @@ class Session:
         return found
 
     def synthesise(self) -> synthesis.Tally:
-        """Writes the variants that are missing; each exemplar's are stored together as soon as they are made."""
+        """Writes the variants that are missing; a few exemplars' are stored together as soon as they are made."""
         have = self.store.variants()
         missing = [example for example in self.examples(held_out=False) if example.dialogue_id not in have]
         if missing and self.settings.synthesis.variants:
             made = synthesis.synthesise(self.lm, missing, self.settings.synthesis, self.progress)
-            for dialogue_id, variants in made:
-                self.store.put_variants(dialogue_id, variants)
+            for group in made:
+                self.store.put_variants(group)
         return synthesis.tally([v for variants in self.store.variants().values() for v in variants])
 
     def _tune(self, stored: StoredRound) -> trainer.Round:

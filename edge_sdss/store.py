@@ -265,11 +265,11 @@ class Store:
 
     # variants
 
-    def put_variants(self, dialogue_id: str, variants: Sequence[Variant]) -> None:
-        """Writes all the variants of one exemplar together."""
-        rows = [(dialogue_id, i, v.prompt, v.response, v.rouge1, v.dropped) for i, v in enumerate(variants)]
+    def put_variants(self, made: Mapping[str, Sequence[Variant]]) -> None:
+        """Writes all the variants of some exemplars, by dialogue id, together."""
+        rows = [(key, i, v.prompt, v.response, v.rouge1, v.dropped) for key in made for i, v in enumerate(made[key])]
         with self.transaction():
-            self._db.execute("DELETE FROM variants WHERE dialogue_id = ?", (dialogue_id,))
+            self._db.executemany("DELETE FROM variants WHERE dialogue_id = ?", [(key,) for key in made])
             self._db.executemany("INSERT INTO variants VALUES (?,?,?,?,?,?)", rows)
 
     def variants(self) -> dict[str, list[Variant]]:

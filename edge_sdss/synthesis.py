@@ -6,6 +6,7 @@ bracket, so that even a small model writes nothing else. Knows nothing of the bu
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,50 +51,69 @@ def synthesise(
     examples: Sequence[Example],
     settings: config.Synthesis,
     progress: Progress = no_progress,
-) -> Iterator[tuple[str, list[Variant]]]:
-    """Yields (dialogue id, its `variants` variants, dropped ones included) example by example.
+) -> Iterator[dict[str, list[Variant]]]:
+    """Yields the variants of a few examples at a time, `variants` each, dropped ones included, by dialogue id.
 
-    The draws depend on the seed and the text alone, so that work cut short goes on to the same result.
+    An example's draws depend on the seed and its id alone, so that work cut short goes on to the same result.
     """
-    for done, example in enumerate(examples):
+    parts = 2 if settings.vary == "both" else 1
+    together = max(1, settings.batch_size // max(parts * settings.variants, 1))
+    for done in range(0, len(examples), together):
         progress("synthesising", done, len(examples))
-        yield example.dialogue_id, _variants(lm, example, settings)
+        yield _variants(lm, examples[done : done + together], settings)
     progress("synthesising", len(examples), len(examples))
 
 
-def _variants(lm: LanguageModel, example: Example, settings: config.Synthesis) -> list[Variant]:
-    if not settings.variants:
-        return []
-    prompt = example.messages[-1].text
-    texts = [prompt, example.answer] if settings.vary == "both" else [prompt]
-    requests = [[Turn("user", PROMPT.format(text=text))] for text in texts for _ in range(settings.variants)]
-    written = lm.generate(
-        requests,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=settings.seed + int(example.dialogue_id or "0", 16) % (1 << 31),
-        batch_size=settings.batch_size,
-        stop=(CLOSE,),
-        prefix=OPEN,
+def _variants(lm: LanguageModel, group: Sequence[Example], settings: config.Synthesis) -> dict[str, list[Variant]]:
+    texts = [text for example in group for text in _parts(example, settings)]
+    requests = [(text, n) for text in texts for n in range(settings.variants)]
+    written = iter(
+        lm.generate(
+            [[Turn("user", PROMPT.format(text=text))] for text, _ in requests],
+            max_new_tokens=max(_limit(text, settings) for text in texts),
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=[_seed(settings.seed, text, n) for text, n in requests],
+            batch_size=settings.batch_size,
+            prefix=OPEN,
+            stop=(CLOSE,),
+        )
     )
-    prompts, answers = written[: settings.variants], written[settings.variants :]
-    if settings.vary == "prompt":
-        return [_checked(example, [p], example.answer, settings) for p in prompts]
-    return [_checked(example, [p, a], a.text, settings) for p, a in zip(prompts, answers, strict=True)]
+    made: dict[str, list[Variant]] = {}
+    for example in group:
+        columns = [[next(written) for _ in range(settings.variants)] for _ in _parts(example, settings)]
+        made[example.dialogue_id] = [_checked(example, row, settings) for row in zip(*columns, strict=True)]
+    return made
 
 
-def _checked(example: Example, written: Sequence[Generation], answer: str, settings: config.Synthesis) -> Variant:
+def _parts(example: Example, settings: config.Synthesis) -> list[str]:
+    """The texts of a pair that are varied: the prompt, and with `vary = both` the answer too."""
+    prompt = example.messages[-1].text
+    return [prompt, example.answer] if settings.vary == "both" else [prompt]
+
+
+def _limit(text: str, settings: config.Synthesis) -> int:
+    """Tokens that a variant may have: twice what its original has at about four letters a token."""
+    return min(settings.max_new_tokens, 8 + len(text) // 2)
+
+
+def _seed(seed: int, text: str, number: int) -> int:
+    content = f"{seed}:{number}:{text}".encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=6).digest(), "big")
+
+
+def _checked(example: Example, written: Sequence[Generation], settings: config.Synthesis) -> Variant:
     """A variant with the reason for which it is dropped, if any."""
-    texts = [example.messages[-1].text, example.answer][: len(written)]
+    texts = _parts(example, settings)
     scores = [metrics.rouge1(text, made.text) for text, made in zip(texts, written, strict=True)]
     dropped = None
     if not all(made.text.strip() for made in written):
         dropped = "empty"
-    elif not all(made.finished for made in written):
+    elif not all(made.finished and made.tokens <= _limit(t, settings) for t, made in zip(texts, written, strict=True)):
         dropped = "cut off"
     elif min(scores) >= settings.max_rouge1:
         dropped = "copy"
     elif min(scores) < settings.min_rouge1:
         dropped = "unlike the original"
-    return Variant(example.dialogue_id, written[0].text.strip(), answer.strip(), min(scores), dropped)
+    answer = written[1].text.strip() if len(written) > 1 else example.answer
+    return Variant(example.dialogue_id, written[0].text.strip(), answer, min(scores), dropped)

@@ -111,11 +111,11 @@ def test_forgetting_deletes_text_from_the_file_and_marks_all_rounds_that_go_back
     selector = fill(store, n=6)
     secret = next(iter(selector.buffer.entries.values())).dialogue
     store.annotate(secret.id, Annotation("edit", "my PIN is 4711"))
-    store.put_variants(secret.id, [Variant(secret.id, "variant of it, 4711", "r", 0.7)])
+    store.put_variants({secret.id: [Variant(secret.id, "variant of it, 4711", "r", 0.7)]})
     for trained, start in [(["other"], None), ([secret.id], 1), (["other"], 2), (["other"], 1)]:
         number = store.open_round(start).number
         store.close_round(number, True, {}, trained)
-    store.put_variants(secret.id, [Variant(secret.id, "variant of it, 4711", "r", 0.7)])
+    store.put_variants({secret.id: [Variant(secret.id, "variant of it, 4711", "r", 0.7)]})
     assert store.knows(secret.id)
     assert store.forget(secret.id) == [2, 3]
     assert [r.stale for r in store.rounds()] == [False, True, True, False]
@@ -131,7 +131,7 @@ def test_forgetting_deletes_text_from_the_file_and_marks_all_rounds_that_go_back
 def test_a_running_round_is_gone_on_with_and_a_closed_one_is_not(store):
     first = store.open_round(None)
     assert store.open_round(None) == first
-    store.put_variants("x", [Variant("x", "p", "r", 0.6, "copy")])
+    store.put_variants({"x": [Variant("x", "p", "r", 0.6, "copy")]})
     store.close_round(first.number, False, {"a": 1}, ["x"])
     assert store.active_round() is None
     assert store.variants() == {}

@@ -5,6 +5,7 @@ Knows nothing of dialogues, domains or the buffer. See `backends.Backend` for sh
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -31,9 +32,8 @@ def pool(tokens: Array, offsets: npt.NDArray[np.int64], pooling: str) -> npt.NDA
     for row, (a, b) in zip(pooled, pairwise(offsets.tolist()), strict=True):
         if b > a:
             row[:] = rows[b - 1] if pooling == "last" else rows[a:b].mean(axis=0)
-    norms = np.sqrt(np.einsum("ij,ij->i", pooled, pooled, dtype=np.float64))[:, None]
-    unit: npt.NDArray[np.float32] = np.divide(pooled, np.where(norms > 0, norms, 1.0)).astype(np.float32)
-    return unit
+            row /= np.sqrt(np.dot(row, row)) or np.float32(1)
+    return pooled
 
 
 def dissimilarity(vectors: Array, means: Array) -> npt.NDArray[np.float64]:
@@ -44,14 +44,15 @@ def dissimilarity(vectors: Array, means: Array) -> npt.NDArray[np.float64]:
 
 
 def _entropy_of(weights: Array, states: int) -> float:
-    """Entropy of p = weights / sum over its maximum ln(states): (ln Z - S / Z) / ln(states)."""
+    """Entropy of p = w / Z over its maximum ln(states), as (ln Z - S / Z) / ln(states) with S = sum w ln w."""
     w = weights.astype(np.float64)
+    if not w.all():
+        w = w[w != 0]  # 0 ln 0 = 0
     z = float(w.sum())
     if z == 0.0:
         return 0.0
-    s = float((w * np.log(np.where(w > 0, w, 1.0))).sum())
-    h = (np.log(z) - s / z) / np.log(states)
-    return h if np.isnan(h) else float(min(max(h, 0.0), 1.0))
+    h = (math.log(z) - float(np.dot(w, np.log(w))) / z) / math.log(states)
+    return h if math.isnan(h) else min(max(h, 0.0), 1.0)
 
 
 def _token(rows: Array) -> tuple[Array, int]:

@@ -155,7 +155,7 @@ class LanguageModel:
         max_new_tokens: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         batch_size: int = 16,
         prefix: str = "",
         stop: tuple[str, ...] = (),
@@ -163,8 +163,8 @@ class LanguageModel:
     ) -> list[Generation]:
         """Answers each conversation; greedily where `temperature` is 0.
 
-        Sampling takes a conversation's random numbers from (seed, its index), so an answer does not depend
-        on what else is in its batch. `top_p` keeps the smallest set of most probable tokens with at least
+        Sampling takes a conversation's random numbers from (seed, its index), or from its own of as many
+        seeds, so an answer does not depend on what else is in its batch. `top_p` keeps the smallest set of most probable tokens with at least
         that mass (nucleus sampling, Holtzman et al., arXiv 1904.09751). An answer begins after
         `prefix`, which is put in the model's mouth, and ends before a text in `stop`; neither is part of it.
         """
@@ -177,7 +177,8 @@ class LanguageModel:
             rows = order[start : start + batch_size]
             choose: decoding.Chooser = decoding.greedy
             if temperature > 0:
-                draws = [np.random.default_rng([seed, row]).random(max_new_tokens) for row in rows]
+                seeds = [[seed, row] if isinstance(seed, int) else seed[row] for row in rows]
+                draws = [np.random.default_rng(own).random(max_new_tokens) for own in seeds]
                 choose = decoding.sampler(np.stack(draws), temperature, top_p)
             written = self._decode([prompts[row] for row in rows], choose, stop, max_new_tokens)
             answers.update(zip(rows, (self._generation(ids, stop) for ids in written), strict=True))

@@ -43,14 +43,16 @@ class Buffer:
         self.entries: dict[int, Exemplar] = {}
         self.eoe = np.full(self.bins, np.inf)
         self.dss = np.full(self.bins, np.inf)
-        self.idd = np.full(self.bins, np.inf)
         self.seq = np.zeros(self.bins, dtype=np.int64)
         self.words = np.zeros(self.bins, dtype=np.int64)
         self.bytes = 0
         self._sizes = np.zeros(self.bins, dtype=np.int64)
         self._codes = np.zeros((self.bins, self.codec.row_bytes), dtype=np.uint8)
         self._slot_of: dict[str, int] = {}
+        self._idd = np.full(self.bins, np.inf)
+        self._slots: dict[str, set[int]] = {}  # by domain
         self._means: dict[str, npt.NDArray[np.float64]] = {}
+        self._changed: set[str] = set()  # domains whose mean and IDD are to be rebuilt
         self._memo: dict[str, Any] = {}
 
     def __len__(self) -> int:
@@ -79,8 +81,15 @@ class Buffer:
         """The bin of a kept dialogue; KeyError where it is not kept."""
         return self._slot_of[dialogue_id]
 
+    @property
+    def idd(self) -> npt.NDArray[np.float64]:
+        """Each entry's current IDD against the others of its domain, [bins] float64."""
+        self._rebuild()
+        return self._idd
+
     def mean(self, domain: str) -> npt.NDArray[np.float64] | None:
         """The mean of a domain's unit vectors, [d] float64; None where it has no entry."""
+        self._rebuild()
         return self._means.get(domain)
 
     def size(self, slot: int) -> int:
@@ -109,31 +118,34 @@ class Buffer:
         self._sizes[slot] = size
         self._codes[slot] = np.frombuffer(exemplar.vector, dtype=np.uint8)
         self.bytes += size
-        self._changed(exemplar.domain)
+        self._slots.setdefault(exemplar.domain, set()).add(slot)
+        self._changed.add(exemplar.domain)
+        self._memo.clear()
 
     def remove(self, slot: int) -> Exemplar:
         """Empties a bin and returns what was in it."""
         exemplar = self.entries.pop(slot)
         del self._slot_of[exemplar.dialogue.id]
-        self.eoe[slot] = self.dss[slot] = self.idd[slot] = np.inf
+        self.eoe[slot] = self.dss[slot] = self._idd[slot] = np.inf
         self.bytes -= int(self._sizes[slot])
         self._sizes[slot] = 0
         self._codes[slot] = 0
-        self._changed(exemplar.domain)
+        self._slots[exemplar.domain].remove(slot)
+        self._changed.add(exemplar.domain)
+        self._memo.clear()
         return exemplar
 
-    def _changed(self, domain: str) -> None:
-        """Rebuilds a domain's mean, and the IDD of each entry against the others of its domain."""
-        self._memo.clear()
-        slots = [slot for slot in sorted(self.entries) if self.entries[slot].domain == domain]
-        if not slots:
-            self._means.pop(domain, None)
-            return
-        vectors = self.codec.decode(self._codes[slots])
-        total = vectors.sum(axis=0, dtype=np.float64)
-        self._means[domain] = total / len(slots)
-        if len(slots) == 1:
-            self.idd[slots] = 1.0
-            return
-        to_others = np.einsum("ij,j->i", vectors, total) - np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
-        self.idd[slots] = np.clip(1.0 - to_others / (len(slots) - 1), 0.0, 1.0)
+    def _rebuild(self) -> None:
+        """The mean of each changed domain, and the IDD of its entries against the others, from its rows."""
+        for domain in self._changed:
+            slots = sorted(self._slots[domain])
+            if not slots:
+                self._means.pop(domain, None)
+                continue
+            vectors = self.codec.decode(self._codes[slots])
+            total = vectors.sum(axis=0, dtype=np.float64)
+            self._means[domain] = total / len(slots)
+            own = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
+            to_others = np.einsum("ij,j->i", vectors, total) - own
+            self._idd[slots] = np.clip(1.0 - to_others / (len(slots) - 1), 0.0, 1.0) if len(slots) > 1 else 1.0
+        self._changed.clear()

@@ -30,14 +30,14 @@ class Codec:
         """[d] float32 -> [row_bytes] uint8."""
         if self.kind != "int8":
             return vector.astype(self.kind).view(np.uint8)
-        padded = np.zeros(self._blocks * BLOCK, dtype=np.float32)
-        padded[: self.width] = vector
-        blocks = padded.reshape(self._blocks, BLOCK)
-        scales = (np.abs(blocks).max(axis=1) / 127.0).astype(np.float16)
+        blocks = np.zeros((self._blocks, BLOCK), dtype=np.float32)
+        blocks.reshape(-1)[: self.width] = vector
+        scales = (np.abs(blocks).max(axis=1) / np.float32(127)).astype(np.float16)
         divisors = scales.astype(np.float32)
         divisors[divisors == 0] = 1.0
-        codes = np.clip(np.rint(blocks / divisors[:, None]), -127, 127).astype(np.int8)
-        return np.concatenate([codes.ravel()[: self.width].view(np.uint8), scales.view(np.uint8)])
+        blocks /= divisors[:, None]
+        codes = np.rint(np.clip(blocks, -127, 127, out=blocks), out=blocks).astype(np.int8)
+        return np.concatenate([codes.reshape(-1)[: self.width].view(np.uint8), scales.view(np.uint8)])
 
     def decode(self, rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """[K, row_bytes] uint8 -> [K, d] float32, each row L2-normalised again (0 stays 0)."""
@@ -50,8 +50,8 @@ class Codec:
     def _values(self, rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         if self.kind != "int8":
             return np.ascontiguousarray(rows).view(self.kind).astype(np.float32)
-        values: npt.NDArray[Any] = np.zeros((len(rows), self._blocks * BLOCK), dtype=np.float32)
-        values[:, : self.width] = rows[:, : self.width].view(np.int8)
-        scales = np.ascontiguousarray(rows[:, self.width :]).view(np.float16).astype(np.float32)
-        values.reshape(len(rows), self._blocks, BLOCK)[...] *= scales[:, :, None]
-        return np.ascontiguousarray(values[:, : self.width])
+        blocks: npt.NDArray[Any] = np.zeros((len(rows), self._blocks, BLOCK), dtype=np.float32)
+        values = blocks.reshape(len(rows), -1)[:, : self.width]
+        values[...] = rows[:, : self.width].view(np.int8)
+        blocks *= np.ascontiguousarray(rows[:, self.width :]).view(np.float16)[:, :, None].astype(np.float32)
+        return np.ascontiguousarray(values)
