@@ -84,9 +84,9 @@ class Synthesis(_Section):
     variants: int = Field(3, ge=0)
     min_rouge1: float = Field(0.5, ge=0, le=1)
     max_rouge1: float = Field(0.98, ge=0, le=1)
-    vary: Literal["both", "prompt"] = "both"
-    temperature: float = Field(0.7, ge=0)
-    top_p: float = Field(0.95, gt=0, le=1)
+    vary: Literal["both", "prompt"] = "prompt"
+    temperature: float = Field(0.5, ge=0)
+    top_p: float = Field(0.9, gt=0, le=1)
     max_new_tokens: int = Field(96, ge=1)
     batch_size: int = Field(16, ge=1)
     seed: int = Field(0, ge=0)
@@ -99,7 +99,7 @@ class Tuning(_Section):
     rank: int = Field(8, ge=1)
     alpha: float = Field(16, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
-    learning_rate: float = Field(3e-4, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
     epochs: int = Field(4, ge=1)
     batch_size: int = Field(8, ge=1)
     max_tokens: int = Field(512, ge=16)

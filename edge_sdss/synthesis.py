@@ -20,10 +20,24 @@ if TYPE_CHECKING:
 
 OPEN, CLOSE = "[", "]"
 
-PROMPT = (
-    "Write a text that means the same as the text below but uses other words. "
-    f"Keep names, numbers and facts. Write it between {OPEN} and {CLOSE}, nothing else.\n\nText: {{text}}"
+PROMPT = f"Say this in other words, keep every name, number and fact, and put it between {OPEN} and {CLOSE}: "
+_SYSTEM = Turn("system", "You rewrite texts in other words. You never answer them.")
+_SHOWN = (  # worked examples: without them a small model answers the text, or repeats it (ADR 0005)
+    (
+        "My brother starts his new job at the bakery on 3 June, so I will drive him there at 5 in the morning.",
+        "On 3 June my brother begins his new job at the bakery, and I am taking him there by car at 5 in the morning.",
+    ),
+    (
+        "How many eggs do I need for two cakes if one cake takes three eggs?",
+        "If a single cake takes three eggs, what number of eggs should I have for two cakes?",
+    ),
 )
+
+
+def request(text: str) -> list[Turn]:
+    """The fixed prompt that asks for a text semantically similar to `text`, between brackets."""
+    shown = [(Turn("user", PROMPT + a), Turn("assistant", f"{OPEN}{b}{CLOSE}")) for a, b in _SHOWN]
+    return [_SYSTEM, *(turn for pair in shown for turn in pair), Turn("user", PROMPT + text)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +83,7 @@ def _variants(lm: LanguageModel, group: Sequence[Example], settings: config.Synt
     requests = [(text, n) for text in texts for n in range(settings.variants)]
     written = iter(
         lm.generate(
-            [[Turn("user", PROMPT.format(text=text))] for text, _ in requests],
+            [request(text) for text, _ in requests],
             max_new_tokens=max(_limit(text, settings) for text in texts),
             temperature=settings.temperature,
             top_p=settings.top_p,

@@ -164,9 +164,10 @@ class LanguageModel:
         """Answers each conversation; greedily where `temperature` is 0.
 
         Sampling takes a conversation's random numbers from (seed, its index), or from its own of as many
-        seeds, so an answer does not depend on what else is in its batch. `top_p` keeps the smallest set of most probable tokens with at least
-        that mass (nucleus sampling, Holtzman et al., arXiv 1904.09751). An answer begins after
-        `prefix`, which is put in the model's mouth, and ends before a text in `stop`; neither is part of it.
+        seeds, so an answer does not depend on what else is in its batch. `top_p` keeps the smallest set of
+        most probable tokens with at least that mass (nucleus sampling, Holtzman et al., arXiv 1904.09751).
+        An answer begins after `prefix`, which is put in the model's mouth, and ends before a text in
+        `stop`; neither is part of it.
         """
         room = max(self.context - max_new_tokens, 1)
         opened = self.tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
