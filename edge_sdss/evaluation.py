@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from edge_sdss import config
 from edge_sdss.errors import InputError, message
-from edge_sdss.metrics import rouge, rouge1
+from edge_sdss.metrics import rouge, rouge1, words
 from edge_sdss.types import Dialogue, Example, Progress, no_progress
 
 if TYPE_CHECKING:
@@ -21,9 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["NEAR_DUPLICATE", "Evaluation", "Item", "evaluate", "rouge1", "split"]
 
 NEAR_DUPLICATE = 0.9
-
-_SCRIPTS_WITHOUT_SPACES = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[{_SCRIPTS_WITHOUT_SPACES}]|[^\W_{_SCRIPTS_WITHOUT_SPACES}]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +117,8 @@ def _item(example: Example, nll: float, answer: str | None) -> Item:
     prompt, reference = example.messages[-1].text, example.answer
     if answer is None:
         return Item(prompt, reference, None, nll, None, None, None)
-    length = len(_words(reference))
-    ratio = len(_words(answer)) / length if length else None
+    length = len(words(reference))
+    ratio = len(words(answer)) / length if length else None
     return Item(prompt, reference, answer, nll, *rouge(reference, answer), ratio)
 
 
@@ -131,13 +127,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-def _words(text: str) -> list[str]:
-    """Words of any script; one character each where a script has no spaces."""
-    return _WORD.findall(text.lower())
-
-
 def _terms(text: str) -> list[str]:
-    return _words(text) or [text.strip()]
+    return words(text) or [text.strip()]
 
 
 def _hash(seed: int, text: str) -> bytes:
