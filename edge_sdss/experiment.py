@@ -19,7 +19,8 @@ from edge_sdss.errors import InputError, message
 from edge_sdss.evaluation import Evaluation
 from edge_sdss.readers import Reading
 from edge_sdss.report import schema
-from edge_sdss.session import Adapted, Session
+from edge_sdss.rounds import Adapted
+from edge_sdss.session import Session
 from edge_sdss.statistics import paired_interval
 from edge_sdss.store import now
 from edge_sdss.types import Dialogue, Example, Interval

@@ -12,15 +12,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from edge_sdss import gate, general, lexicon, synthesis
+from edge_sdss import gate, general, lexicon, rounds, synthesis
 from edge_sdss.config import Config
 from edge_sdss.errors import BudgetExceeded, ConfigError, InputError, message
+from edge_sdss.rounds import Adapted
 from edge_sdss.selection import Buffer, Selector
 from edge_sdss.selection.buffer import entry_bytes
 from edge_sdss.store import Round as StoredRound
@@ -32,28 +33,12 @@ from edge_sdss.types import (
     Dialogue,
     Example,
     Exemplar,
-    Interval,
     Progress,
-    Turn,
-    Variant,
     no_progress,
 )
 
 if TYPE_CHECKING:
     from edge_sdss.lm import LanguageModel
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """What a round did. `general_*`: mean loss on the general set, nats per token, of base model and adapter."""
-
-    number: int
-    tuned: trainer.Round
-    verdict: gate.Verdict
-    synthesised: synthesis.Tally
-    general_before: float
-    general_after: float
-    variants: tuple[Variant, ...] = ()
 
 
 class Session:
@@ -168,7 +153,7 @@ class Session:
         slot = _slot_of(kept, dialogue_id)
         if annotation.answer == "edit" and not (annotation.preferred or "").strip():
             raise InputError(message(f"edit {dialogue_id}", "the answer is empty", "give one, or skip"))
-        changed = kept | {slot: _annotated(kept[slot], annotation)}
+        changed = kept | {slot: replace(kept[slot], annotation=annotation)}
         size = sum(entry_bytes(e.dialogue, len(e.vector), e.annotation) for e in changed.values())
         if size > self.settings.buffer.max_bytes:
             found = f"the buffer would take {size:,} of {self.settings.buffer.max_bytes:,} bytes"
@@ -215,40 +200,37 @@ class Session:
         verdict, before, after = self._judge(stored, tuned)
         trained = [example.dialogue_id for example in self.examples(held_out=False)]
         variants = tuple(v for made in self.store.variants().values() for v in made)
-        self.store.close_round(stored.number, verdict.accepted, _record(verdict, tally, before, after), trained)
+        self.store.close_round(stored.number, verdict.accepted, rounds.record(verdict, tally, before, after), trained)
         return Adapted(stored.number, tuned, verdict, tally, before, after, variants)
 
     @property
     def round_due(self) -> bool:
         """Whether `interval` offers have passed since a round was opened."""
-        counts, rounds = self.store.counts, self.store.rounds()
-        last = rounds[-1].offers if rounds and rounds[-1].state != "running" else 0
+        counts, past = self.store.counts, self.store.rounds()
+        last = past[-1].offers if past and past[-1].state != "running" else 0
         return counts.offers // self.settings.tuning.interval > last // self.settings.tuning.interval
 
     @property
     def round_done(self) -> bool:
         """Whether the newest round is finished and saw every offer so far."""
-        rounds = self.store.rounds()
-        return bool(rounds) and rounds[-1].state != "running" and rounds[-1].offers == self.store.counts.offers
+        past = self.store.rounds()
+        return bool(past) and past[-1].state != "running" and past[-1].offers == self.store.counts.offers
 
     def last_round(self) -> Adapted | None:
         """What the newest finished round did, without its variants, which are not kept; None before the first."""
         finished = [r for r in self.store.rounds() if r.state != "running"]
         if not finished:
             return None
-        record = finished[-1].report
-        tuned = trainer.load(self.adapter_folder(finished[-1].number))
-        verdict, tally = _verdict(record["verdict"]), synthesis.Tally(**record["synthesis"])
-        before, after = record["general_before"], record["general_after"]
-        return Adapted(finished[-1].number, tuned, verdict, tally, before, after)
+        last = finished[-1]
+        return rounds.restored(last.number, trainer.load(self.adapter_folder(last.number)), last.report)
 
     def examples(self, *, held_out: bool) -> list[Example]:
         """The annotated dialogues as examples: those to train on, or those kept for the gate."""
         found = []
         for exemplar in self.store.exemplars().values():
-            answer = _wanted(exemplar, self.settings.review.train_on == "all")
-            if answer and gate.held_out(exemplar.dialogue.id, self.settings.gate) == held_out:
-                found.append(Example(exemplar.dialogue.messages, answer, exemplar.dialogue.id))
+            example = rounds.example_of(exemplar, self.settings.review.train_on == "all")
+            if example and gate.held_out(example.dialogue_id, self.settings.gate) == held_out:
+                found.append(example)
         return found
 
     def synthesise(self) -> synthesis.Tally:
@@ -264,7 +246,7 @@ class Session:
     def _tune(self, stored: StoredRound) -> trainer.Round:
         originals = self.examples(held_out=False)
         variants = self.store.variants()
-        written = [_variant_example(e, v) for e in originals for v in variants.get(e.dialogue_id, ()) if not v.dropped]
+        written = [rounds.variant_of(e, v) for e in originals for v in variants.get(e.dialogue_id, ()) if not v.dropped]
         if not originals:
             do = "review some dialogues first, or pass --train-on all"
             raise InputError(message("tune the model", "no annotated dialogue to train on", do))
@@ -355,36 +337,3 @@ def _slot_of(kept: dict[int, Exemplar], dialogue_id: str) -> int:
         if exemplar.dialogue.id == dialogue_id:
             return slot
     raise InputError(message(f"annotate {dialogue_id}", "it is not in the buffer", "see `edge-sdss status`"))
-
-
-def _annotated(exemplar: Exemplar, annotation: Annotation) -> Exemplar:
-    return Exemplar(**{**exemplar.__dict__, "annotation": annotation})
-
-
-def _wanted(exemplar: Exemplar, train_on_all: bool) -> str | None:
-    """The answer to learn; None where the dialogue is not to be trained on."""
-    match exemplar.annotation:
-        case Annotation("edit", preferred):
-            return preferred
-        case Annotation("accept"):
-            return exemplar.dialogue.response or None
-        case None if train_on_all:
-            return exemplar.dialogue.response or None
-    return None
-
-
-def _variant_example(example: Example, variant: Variant) -> Example:
-    messages = (*example.messages[:-1], Turn("user", variant.prompt))
-    return Example(messages, variant.response, example.dialogue_id)
-
-
-def _record(verdict: gate.Verdict, tally: synthesis.Tally, before: float, after: float) -> dict[str, Any]:
-    """What of a round is stored beside its adapter."""
-    means = {"general_before": before, "general_after": after}
-    return {"verdict": asdict(verdict), "synthesis": asdict(tally), **means}
-
-
-def _verdict(record: dict[str, Any]) -> gate.Verdict:
-    personal = Interval(**record["personal"]) if record["personal"] else None
-    checks = tuple(gate.Check(**check) for check in record["checks"])
-    return gate.Verdict(record["accepted"], record["reason"], checks, personal, Interval(**record["general"]))

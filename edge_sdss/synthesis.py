@@ -123,8 +123,10 @@ def _checked(example: Example, written: Sequence[Generation], settings: config.S
     dropped = None
     if not all(made.text.strip() for made in written):
         dropped = "empty"
-    elif not all(made.finished and made.tokens <= _limit(t, settings) for t, made in zip(texts, written, strict=True)):
+    elif not all(made.finished for made in written):
         dropped = "cut off"
+    elif any(made.tokens > _limit(text, settings) for text, made in zip(texts, written, strict=True)):
+        dropped = "too long"
     elif min(scores) >= settings.max_rouge1:
         dropped = "copy"
     elif min(scores) < settings.min_rouge1:

@@ -23,7 +23,7 @@ FLOORS = (
         "selection", "synthesis", "tuning", "gate", "evaluation", "report", "exporting", "runtime",
         "profiling",
     },
-    {"session", "experiment", "demo"},
+    {"rounds", "session", "experiment", "demo"},
     {"cli", "options", "review", "console", "__main__"},
 )  # fmt: skip
 STAGES = 2

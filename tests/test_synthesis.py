@@ -47,7 +47,7 @@ def made(answers, example=EXAMPLE, **settings):
         ("What a lovely animal!", {}, "unlike the original"),
         ("  ", {}, "empty"),
         ("rice and turkey is what my old dog", {"finished": False}, "cut off"),
-        ("rice and turkey is what my old dog eats", {"tokens": 60}, "cut off"),
+        ("rice and turkey is what my old dog eats", {"tokens": 60}, "too long"),
     ],
 )
 def test_each_reason_for_which_a_variant_is_dropped(text, options, reason):
