@@ -111,8 +111,11 @@ def run(
     settings = settings.override({"evaluation": {"holdout": holdout}})
 
     def read() -> experiment.Stream:
-        reading = readers.read(stream, settings=settings.reading, format=format_, rejects=out / "rejects.jsonl")
-        return experiment.read(reading, settings.evaluation, first)
+        rejects = options.fresh(out / "rejects.jsonl")
+        reading = readers.read(stream, settings=settings.reading, format=format_, rejects=rejects)
+        found = experiment.read(reading, settings.evaluation, first)
+        console.rejected(reading, rejects)
+        return found
 
     options.experiment(
         read,
@@ -159,12 +162,8 @@ def observe(
             dialogue = readers.one(prompt, response, "command line")
             console.emit(console.decision(session.observe(dialogue)), json_)
             return
-        reading = readers.read(
-            str(file),
-            settings=settings.reading,
-            format=format_,
-            rejects=rejects or options.home(home) / "rejects.jsonl",
-        )
+        aside = rejects or options.fresh(options.home(home) / "rejects" / f"{Path(str(file)).name}.jsonl")
+        reading = readers.read(str(file), settings=settings.reading, format=format_, rejects=aside)
         source = None if file == "-" or again else str(Path(str(file)).resolve())
         before = session.store.counts
         kept = []
@@ -174,7 +173,11 @@ def observe(
         after = session.store.counts
         counts = {key: value - asdict(before)[key] for key, value in asdict(after).items()}
         read = {"format": reading.format, "read": reading.accepted, "rejected": reading.rejected}
+        read |= {"skipped": reading.skipped, "unusable": len(session.unusable)}
         console.emit({**read, **counts, "in_buffer": len(session.selector.buffer), "decisions": kept}, json_)
+        console.rejected(reading, aside)
+        for problem in session.unusable[:3]:
+            console.note(problem)
         if session.round_due:
             console.note("A round is due: edge-sdss review, then edge-sdss tune.")
 

@@ -61,6 +61,7 @@ class Buffer(_Section):
 
     bins: int = Field(32, ge=1)
     max_bytes: int = Field(32 * 22 * 1024, ge=1, description="the paper's bins are 22 KiB each")
+    max_entry_bytes: int = Field(22 * 1024, ge=1, description="size of a bin; a larger dialogue is dropped")
     vectors: VectorType = "int8"
 
 

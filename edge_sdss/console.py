@@ -19,6 +19,7 @@ from rich.text import Text
 from edge_sdss import types
 
 if TYPE_CHECKING:
+    from edge_sdss.readers import Reading
     from edge_sdss.report import RunReport
 
 out = Console(highlight=False)
@@ -107,6 +108,14 @@ def outcome(report: RunReport, folder: Path, as_json: bool) -> None:
 
     out.print(Text(headline(report)))
     out.print(Text(f"Open {folder / 'report.html'}"))
+
+
+def rejected(reading: Reading, aside: Path) -> None:
+    """Says which records could not be used, and where they are."""
+    for reject in reading.rejects[:3]:
+        note(f"{reject.file}, {reading.unit} {reject.line}: {reject.reason}")
+    if reading.rejected:
+        note(f"{reading.rejected} unusable, {reading.accepted} dialogues read; all rejects are in {aside}")
 
 
 def short(text: str, width: int = 60) -> str:

@@ -75,6 +75,12 @@ def home(given: Path | None) -> Path:
     return given or Path(platformdirs.user_data_dir("edge_sdss", appauthor=False))
 
 
+def fresh(path: Path) -> Path:
+    """A path of ours, without what an earlier call left there."""
+    path.unlink(missing_ok=True)
+    return path
+
+
 @contextmanager
 def session(given: Path | None, found: Config) -> Iterator[Session]:
     """Opens the session of a home, with progress on the terminal."""

@@ -59,6 +59,7 @@ class Session:
         self.home = home
         self.settings = settings
         self.progress = progress
+        self.unusable: list[str] = []  # dialogues of a stream that the model could not embed, and why
         self._given = lm
         with ExitStack() as stack:
             stack.enter_context(lock(home))
@@ -117,6 +118,7 @@ class Session:
     def observe_all(self, dialogues: Iterable[Dialogue], source: str | None = None) -> Iterator[Decision]:
         """Offers a stream; one with a `source` goes on where it stopped, even where the process was killed.
 
+        A dialogue that cannot be scored is told in `unusable`; the stream goes on.
         Raises InputError where what was read of the source before is no longer what it begins with.
         """
         done, digest = self.store.source(source) if source else (0, "")
@@ -127,7 +129,10 @@ class Session:
             if position == done and chain != digest:
                 break
             if position > done:
-                yield self.observe(dialogue, source=source, chain=chain, position=position)
+                try:
+                    yield self.observe(dialogue, source=source, chain=chain, position=position)
+                except InputError as error:
+                    self.unusable.append(f"{dialogue.source}: {error}")
         else:
             if position >= done:
                 return

@@ -131,6 +131,39 @@ def test_run_writes_its_outputs_and_goes_on_after_an_interruption(call, tmp_path
     assert again.eval == report.eval
 
 
+def test_bad_records_are_counted_named_and_kept_aside(call, tmp_path):
+    stream = talk.write(tmp_path / "talk.jsonl", 20)
+    lines = stream.read_text().splitlines()
+    stream.write_text("\n".join([*lines[:4], "{broken", *lines[4:], '{"prompt": "no answer", "response": ""}']) + "\n")
+    code, out, err = call("observe", stream, "--json")
+    found = json.loads(out)
+    assert (code, found["read"], found["offers"], found["rejected"]) == (0, 20, 20, 2)
+    assert "talk.jsonl, line 5: " in err
+    for _ in range(2):  # a second call does not list them twice
+        kept = [json.loads(line) for line in Path(tmp_path / "home/rejects/talk.jsonl.jsonl").read_text().splitlines()]
+        assert [(r["line"], r["record"]) for r in kept] == [
+            (5, "{broken"),
+            (22, '{"prompt": "no answer", "response": ""}'),
+        ]
+        call("observe", stream, "--json")
+    report = document(call("run", "--stream", stream, "--out", "deep/out", "--json"))
+    assert report["stream"]["rejected"] == 2
+    assert Path("deep/out/rejects.jsonl").read_text().count("\n") == 2
+
+
+def test_a_dialogue_that_the_model_cannot_embed_does_not_stop_the_stream(call, tmp_path, lm, monkeypatch):
+    real = LanguageModel.token_embeddings
+
+    def embed(self, text, max_tokens):
+        return real(self, "" if "hello 3" in text else text, max_tokens)
+
+    monkeypatch.setattr(LanguageModel, "token_embeddings", embed)
+    code, out, err = call("observe", talk.write(tmp_path / "talk.jsonl", 9), "--json")
+    found = json.loads(out)
+    assert (code, found["read"], found["offers"], found["unusable"]) == (0, 9, 8, 1)
+    assert "talk.jsonl:4" in err
+
+
 def test_a_person_reads_tables_not_json(call, tmp_path):
     code, out, _ = call("observe", talk.write(tmp_path / "talk.jsonl", 12))
     assert code == 0

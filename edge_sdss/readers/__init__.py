@@ -194,6 +194,7 @@ class Reading(Iterator[Dialogue]):
             return
         try:
             if self._rejects_file is None:
+                self._rejects_path.parent.mkdir(parents=True, exist_ok=True)
                 self._rejects_file = self._rejects_path.open("a", encoding="utf-8")
             self._rejects_file.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
             self._rejects_file.flush()

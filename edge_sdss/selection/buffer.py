@@ -39,6 +39,7 @@ class Buffer:
         """`width` is d, the length of the vectors."""
         self.bins = settings.bins
         self.max_bytes = settings.max_bytes
+        self.max_entry_bytes = min(settings.max_entry_bytes, settings.max_bytes)
         self.codec = Codec(settings.vectors, width)
         self.entries: dict[int, Exemplar] = {}
         self.eoe = np.full(self.bins, np.inf)

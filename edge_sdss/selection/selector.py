@@ -125,8 +125,8 @@ class Selector:
             return None, "the identical dialogue is kept already"
         if dialogue_id in self.forgotten:
             return None, "the user asked to forget it"
-        if need > buffer.max_bytes:
-            return None, f"larger than the whole buffer: {need:,} of {buffer.max_bytes:,} bytes"
+        if need > buffer.max_entry_bytes:
+            return None, f"larger than a bin: {need:,} of {buffer.max_entry_bytes:,} bytes"
         if buffer.fits(need):
             return (), "there was room"
         gone: list[int] = []

@@ -91,8 +91,15 @@ def test_a_dialogue_larger_than_the_buffer_is_dropped_and_harms_nothing(policy):
         selector.offer(dialogue, rows)
     before = dict(selector.buffer.entries)
     (dialogue, rows), *_ = Stream(seed=9, words=2_000).take(1)
-    assert "larger than the whole buffer" in selector.offer(dialogue, rows).reason
+    assert "larger than a bin" in selector.offer(dialogue, rows).reason
     assert selector.buffer.entries == before
+
+
+def test_no_entry_is_larger_than_a_bin(policy):
+    for selector, decisions in replay(policy, n=60, bins=50, max_entry_bytes=180):
+        assert all(selector.buffer.size(slot) <= 180 for slot in selector.buffer.entries)
+    too_large = sum("larger than a bin" in d.reason for d in decisions)
+    assert 0 < too_large < 60
 
 
 def test_embeddings_that_are_not_finite_are_refused(policy):
