@@ -60,6 +60,11 @@ def lines(found: report.RunReport, case: str) -> Iterator[dict[str, Any]]:
         yield {**common, "metric": "peak of live tensors while tuning", "value": mib, "unit": "MiB"}
 
 
+def record(found: report.RunReport, case: str) -> None:
+    """Appends a run's figures under the commit that it ran at."""
+    results.append(lines(found, case), made_at=found.environment.commit)
+
+
 def measured(arguments: list[str]) -> report.RunReport:
     """Runs the command line in a folder of its own; stops where it fails (1: the gate said no, still a result)."""
     with tempfile.TemporaryDirectory() as folder:
@@ -82,14 +87,14 @@ def main() -> None:
     if len(given.case) != len(given.report):
         sys.exit("loop: give one --case for each --report")
     for file, case in zip(given.report, given.case, strict=True):
-        results.append(lines(report.load(file), case))
+        record(report.load(file), case)
     if given.data is not None:
-        results.append(lines(measured(["demo"]), "demo"))
+        record(measured(["demo"]), "demo")
         for case, (file, options) in STREAMS.items():
             stream = given.data / file
             if not stream.is_file():
                 sys.exit(f"loop: {stream} is not there; --data names the folder of the data sets")
-            results.append(lines(measured(["run", "--stream", str(stream), *options]), case))
+            record(measured(["run", "--stream", str(stream), *options]), case)
 
 
 if __name__ == "__main__":

@@ -23,15 +23,16 @@ OPTIONAL = {"lo": None, "hi": None, "n": 1, "peer": None, "ratio": None, "settin
 NUMBERS = ("value", "lo", "hi", "ratio")
 
 
-def append(lines: Iterable[Mapping[str, Any]], folder: Path = FOLDER) -> Path:
+def append(lines: Iterable[Mapping[str, Any]], folder: Path = FOLDER, made_at: str | None = None) -> Path:
     """Appends the lines, all or none, and returns the file.
 
     A line has bench, case, metric, value and unit, and where they are known lo, hi (95 % interval), n,
     peer (name of what it is compared with), ratio (ours / peer, measured in the same run), settings and
-    emulated. Commit, device and time are filled in. Raises ValueError for a line that does not fit.
+    emulated. Commit, device and time are filled in; `made_at` is the commit where that is not the one here.
+    Raises ValueError for a line that does not fit.
     """
     stamp = {
-        "commit": commit(),
+        "commit": made_at or commit(),
         "device": device_name(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

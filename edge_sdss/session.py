@@ -159,9 +159,11 @@ class Session:
         if annotation.answer == "edit" and not (annotation.preferred or "").strip():
             raise InputError(message(f"edit {dialogue_id}", "the answer is empty", "give one, or skip"))
         changed = kept | {slot: replace(kept[slot], annotation=annotation)}
-        size = sum(entry_bytes(e.dialogue, len(e.vector), e.annotation) for e in changed.values())
-        if size > self.settings.buffer.max_bytes:
-            found = f"the buffer would take {size:,} of {self.settings.buffer.max_bytes:,} bytes"
+        sizes = {s: entry_bytes(e.dialogue, len(e.vector), e.annotation) for s, e in changed.items()}
+        budget = self.settings.buffer
+        if sizes[slot] > budget.max_entry_bytes or sum(sizes.values()) > budget.max_bytes:
+            found = f"it would take {sizes[slot]:,} of a bin's {budget.max_entry_bytes:,} bytes"
+            found += f" and the buffer {sum(sizes.values()):,} of {budget.max_bytes:,}"
             raise BudgetExceeded(message(f"annotate {dialogue_id}", found, "shorten the answer"))
         self.store.annotate(dialogue_id, annotation)
         if "selector" in self.__dict__:

@@ -119,6 +119,36 @@ def test_observe(tiny, lm, tmp_path):
         assert killed.selector.buffer.idd.tolist() == whole.selector.buffer.idd.tolist()
 
 
+@pytest.mark.parametrize("statement", range(1, 10))
+def test_an_offer_killed_between_two_statements_is_whole_or_absent(tiny, lm, tmp_path, statement):
+    """The narrow gaps that random moments seldom hit: before each statement of an offer that evicts."""
+    stream = talk.dialogues(40)
+    with opened(tmp_path, tiny, lm) as session:
+        made = list(session.observe_all(stream[:20], "stream"))
+        assert len(session.selector.buffer) == 8
+        before = (session.store.exemplars(), session.store.counts, session.store.source("stream"))
+
+    def offer():
+        with Session(tmp_path, talk.settings(tiny, selection={"policy": "fifo"}), lm=lm) as session:
+            _ = session.selector
+            left = [statement]
+
+            def kill(sql: str) -> None:
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            session.store._db.set_trace_callback(kill)
+            session.observe(stream[30], source="stream", chain="c", position=99)
+
+    ended = in_child(offer, None)
+    with opened(tmp_path, tiny, lm) as session:
+        after = (session.store.exemplars(), session.store.counts, session.store.source("stream"))
+        assert (after == before) != ended
+        assert session.store.counts.offers == len(made) + ended
+        assert len(session.store.exemplars()) == 8
+
+
 def test_synth(tiny, lm, tmp_path):
     prepared(tmp_path / "whole", tiny, lm)
     prepared(tmp_path / "killed", tiny, lm)

@@ -106,6 +106,9 @@ def test_annotations_count_against_the_byte_budget(opened):
     target = session.pending()[0].dialogue.id
     with pytest.raises(BudgetExceeded, match="shorten"):
         session.annotate(target, Annotation("edit", "x" * 3_000))
+    with pytest.raises(BudgetExceeded, match="of a bin's 22,528 bytes"):
+        opened(buffer={"max_bytes": 10**6}).annotate(target, Annotation("edit", "x" * 30_000))
+    session = opened(buffer={"max_bytes": 3_000})
     before = session.selector.buffer.bytes
     wanted = session.pending()[0].dialogue.preferred
     session.annotate(target, Annotation("edit", wanted + "12345"))
