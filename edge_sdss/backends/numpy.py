@@ -31,7 +31,7 @@ def pool(tokens: Array, offsets: npt.NDArray[np.int64], pooling: str) -> npt.NDA
     pooled = np.zeros((len(offsets) - 1, rows.shape[1]), dtype=np.float32)
     for row, (a, b) in zip(pooled, pairwise(offsets.tolist()), strict=True):
         if b > a:
-            row[:] = rows[b - 1] if pooling == "last" else rows[a:b].mean(axis=0)
+            row[:] = rows[b - 1] if pooling == "last" else _mean(rows[a:b])
             row /= np.sqrt(np.dot(row, row)) or np.float32(1)
     return pooled
 
@@ -55,12 +55,17 @@ def _entropy_of(weights: Array, states: int) -> float:
     return h if math.isnan(h) else min(max(h, 0.0), 1.0)
 
 
+def _mean(rows: Array) -> Array:
+    """The mean token as one product, several times as fast as ndarray.mean along that axis."""
+    return np.full(len(rows), 1 / len(rows), dtype=np.float32) @ rows
+
+
 def _token(rows: Array) -> tuple[Array, int]:
     return np.einsum("ij,ij->i", rows, rows), len(rows)
 
 
 def _centered(rows: Array) -> tuple[Array, int]:
-    return _token(rows - rows.mean(axis=0))
+    return _token(rows - _mean(rows))
 
 
 def _spectral(rows: Array) -> tuple[Array, int]:
@@ -69,7 +74,7 @@ def _spectral(rows: Array) -> tuple[Array, int]:
 
 
 def _histogram(rows: Array) -> tuple[Array, int]:
-    return np.histogram(rows.mean(axis=0), bins=HISTOGRAM_BINS)[0], HISTOGRAM_BINS
+    return np.histogram(_mean(rows), bins=HISTOGRAM_BINS)[0], HISTOGRAM_BINS
 
 
 _WEIGHTS = {"token": _token, "centered": _centered, "spectral": _spectral, "histogram": _histogram}

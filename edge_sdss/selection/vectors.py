@@ -6,7 +6,7 @@ vector would drown; a scale per block of 32 keeps them apart (ADR 0003).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from edge_sdss.config import VectorType
 
 BLOCK = 32
+T = TypeVar("T", bound=np.generic)
 
 
 class Codec:
@@ -30,28 +31,33 @@ class Codec:
         """[d] float32 -> [row_bytes] uint8."""
         if self.kind != "int8":
             return vector.astype(self.kind).view(np.uint8)
-        blocks = np.zeros((self._blocks, BLOCK), dtype=np.float32)
-        blocks.reshape(-1)[: self.width] = vector
+        blocks = self._padded(vector[None]).reshape(self._blocks, BLOCK)
         scales = (np.abs(blocks).max(axis=1) / np.float32(127)).astype(np.float16)
-        divisors = scales.astype(np.float32)
-        divisors[divisors == 0] = 1.0
-        blocks /= divisors[:, None]
-        codes = np.rint(np.clip(blocks, -127, 127, out=blocks), out=blocks).astype(np.int8)
+        divisors = scales.astype(np.float32)[:, None]
+        if not scales.all():
+            divisors[divisors == 0] = 1.0
+        scaled = blocks / divisors
+        codes = np.rint(np.minimum(np.maximum(scaled, -127, out=scaled), 127, out=scaled), out=scaled).astype(np.int8)
         return np.concatenate([codes.reshape(-1)[: self.width].view(np.uint8), scales.view(np.uint8)])
 
     def decode(self, rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """[K, row_bytes] uint8 -> [K, d] float32, each row L2-normalised again (0 stays 0)."""
-        values = self._values(rows)
+        values = self._values(np.ascontiguousarray(rows))
         norms = np.sqrt(np.einsum("ij,ij->i", values, values))[:, None]
-        norms[norms == 0] = 1.0
-        values /= norms
-        return values
+        if not norms.all():
+            norms[norms == 0] = 1.0
+        unit: npt.NDArray[np.float32] = values / norms
+        return unit
 
     def _values(self, rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         if self.kind != "int8":
-            return np.ascontiguousarray(rows).view(self.kind).astype(np.float32)
-        blocks: npt.NDArray[Any] = np.zeros((len(rows), self._blocks, BLOCK), dtype=np.float32)
-        values = blocks.reshape(len(rows), -1)[:, : self.width]
-        values[...] = rows[:, : self.width].view(np.int8)
-        blocks *= np.ascontiguousarray(rows[:, self.width :]).view(np.float16)[:, :, None].astype(np.float32)
-        return np.ascontiguousarray(values)
+            return rows.view(self.kind).astype(np.float32)
+        codes = self._padded(rows[:, : self.width].view(np.int8)).reshape(len(rows), self._blocks, BLOCK)
+        scales = np.ascontiguousarray(rows[:, self.width :]).view(np.float16).astype(np.float32)
+        values: npt.NDArray[np.float32] = codes * scales[:, :, None]
+        return values.reshape(len(rows), -1)[:, : self.width]
+
+    def _padded(self, rows: npt.NDArray[T]) -> npt.NDArray[T]:
+        """Rows with zeros up to a whole number of blocks."""
+        missing = self._blocks * BLOCK - self.width
+        return np.pad(rows, ((0, 0), (0, missing))) if missing else rows
