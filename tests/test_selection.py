@@ -84,7 +84,7 @@ def test_which_candidate_is_replaced_is_drawn_evenly():
 
 def exemplar(i, *, eoe, dss, domain, seq=None, words=3):
     vector = np.random.default_rng(i).normal(size=WIDTH).astype(np.float32)
-    code = Codec("int8", WIDTH).encode(vector / np.linalg.norm(vector))
+    code, _ = Codec("int8", WIDTH).encode(vector / np.linalg.norm(vector))
     return Exemplar(Dialogue(f"p{i}", f"r{i}"), code.tobytes(), domain, eoe, dss, words, i if seq is None else seq)
 
 
@@ -150,12 +150,13 @@ def test_codec_round_trip(kind, error, width):
         vector = draws.normal(size=width).astype(np.float32)
         vector[0] *= 40  # a massive activation
         vector /= np.linalg.norm(vector)
-        code = codec.encode(vector)
+        code, stored = codec.encode(vector)
         assert code.nbytes == codec.row_bytes
         back = codec.decode(code[None])[0]
+        assert np.array_equal(stored, back)
         assert np.linalg.norm(back) == pytest.approx(1, abs=1e-6)
         assert np.abs(back - vector).max() < error
-    assert not codec.decode(codec.encode(np.zeros(width, np.float32))[None]).any()
+    assert not codec.decode(codec.encode(np.zeros(width, np.float32))[0][None]).any()
 
 
 def test_int8_keeps_the_ranking_of_float32():
@@ -165,7 +166,7 @@ def test_int8_keeps_the_ranking_of_float32():
     vectors[:, 7] += 60
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     codec = Codec("int8", 576)
-    stored = codec.decode(np.stack([codec.encode(v) for v in vectors]))
+    stored = codec.decode(np.stack([codec.encode(v)[0] for v in vectors]))
     for probe in range(5):
         exact, kept = (m @ m[probe] for m in (vectors, stored))
         ranks = [np.argsort(np.argsort(x)) for x in (exact, kept)]

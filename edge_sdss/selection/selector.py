@@ -6,6 +6,7 @@ and Synthesis" (arXiv 2311.12275), section 3.1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,11 +104,10 @@ class Selector:
         offsets = np.array([0, len(tokens)], dtype=np.int64)
         eoe = float(self._backend.entropy(tokens, offsets, self.settings.eoe)[0])
         unit = self._backend.pool(tokens, offsets, self.settings.pooling)[0]
-        if not (np.isfinite(eoe) and np.isfinite(unit).all()):
+        if not math.isfinite(eoe + float(np.dot(unit, unit))):
             do = "check the model, or load it with --dtype float32"
             raise InputError(message(f"score dialogue {dialogue.id}", "the embeddings are not finite", do))
-        code = self.buffer.codec.encode(unit)
-        vector = self.buffer.codec.decode(code[None])[0]  # judged as it would be stored
+        code, vector = self.buffer.codec.encode(unit)  # judged as it would be stored
         hits = self.lexicon.hits(self.scored_text(dialogue))
         scores = Scores(eoe, hits.dss, self._idd(vector, hits.domain))
         seq = self.offers + 1
