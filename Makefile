@@ -20,7 +20,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | awk -F '\t' '{ printf "make %-10s %s\n", $$1, $$2 }'
 
 demo: $(VENV)/.train ## learn from a small stream, start to end, and write a report to demo-out
-	$(BIN)/edge-sdss demo --out demo-out
+	$(BIN)/edge-sdss demo --out demo-out --overwrite
 
 test: check ## run make check and all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

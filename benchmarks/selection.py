@@ -84,7 +84,7 @@ def line(case: str, taken: list[float], passes: list[float], **settings: Any) ->
     }
     peer = {"peer": "one pass over the embeddings", "ratio": round(ratio, 2)}
     return {
-        "bench": "selection",
+        "bench": "selection" if case.startswith("sdss") else "selection-policies",
         "case": case,
         "metric": "offer, median",
         "value": median * 1e6,

@@ -303,7 +303,8 @@ def test_paths_that_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match="it is a folder"):
         readers.read(tmp_path)
     with pytest.raises(InputError, match="write rejects to"):
-        list(readers.read(_write(tmp_path, f"{GOOD}\nx\n"), rejects=tmp_path / "no" / "rejects.jsonl"))
+        path = _write(tmp_path, f"{GOOD}\nx\n")
+        list(readers.read(path, rejects=path / "no folder" / "rejects.jsonl"))
 
 
 @pytest.mark.parametrize("path", sorted(FIXTURES.iterdir()), ids=lambda path: path.name)

@@ -746,7 +746,7 @@ def test_the_figures_of_the_report_are_on_the_page(report, rendered):
         assert re.search(rf"{reason} {n}\b", words)
     for entry in report.buffer.entries:
         assert entry.preferred is None or entry.preferred in words
-    assert "tuning.learning_rate 0.0003" in words
+    assert f"tuning.learning_rate {report.settings['tuning']['learning_rate']}" in words
     assert report.command in words
 
 
