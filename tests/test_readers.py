@@ -302,8 +302,8 @@ def test_paths_that_cannot_be_read(tmp_path):
         readers.read(tmp_path / "absent.jsonl")
     with pytest.raises(InputError, match="it is a folder"):
         readers.read(tmp_path)
+    path = _write(tmp_path, f"{GOOD}\nx\n")
     with pytest.raises(InputError, match="write rejects to"):
-        path = _write(tmp_path, f"{GOOD}\nx\n")
         list(readers.read(path, rejects=path / "no folder" / "rejects.jsonl"))
 
 
