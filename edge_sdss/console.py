@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+_live: list[Progress] = []
 
 
 @contextmanager
@@ -33,21 +34,34 @@ def progress() -> Iterator[types.Progress]:
         yield types.no_progress
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bars = Progress(*columns, console=err, transient=True)
+    _live.append(bars)
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=err, transient=True) as bars:
 
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                for earlier in tasks.values():
-                    bars.update(earlier, visible=False)
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total, visible=done < total)
+    def report(stage: str, done: int, total: int) -> None:
+        bars.start()  # only now: a live display would wipe the questions of a verb that asks
+        if stage not in tasks:
+            for earlier in tasks.values():
+                bars.update(earlier, visible=False)
+            tasks[stage] = bars.add_task(stage, total=total or None)
+        bars.update(tasks[stage], completed=done, total=total or None, visible=not total or done < total)
 
+    try:
         yield report
+    finally:
+        bars.stop()
+        _live.remove(bars)
+
+
+def _quiet() -> None:
+    """Takes the bars off the screen before something else is written; the next progress brings them back."""
+    for bars in _live:
+        bars.stop()
 
 
 def emit(document: Mapping[str, Any], as_json: bool, title: str = "") -> None:
     """Prints one JSON document, or its plain values as a table of two columns."""
+    _quiet()
     if as_json:
         sys.stdout.write(json.dumps(document, ensure_ascii=False, default=str) + "\n")
         return
@@ -61,6 +75,7 @@ def emit(document: Mapping[str, Any], as_json: bool, title: str = "") -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Prints a table; texts of users are never read as markup."""
+    _quiet()
     found = Table(*columns, title=title, title_justify="left", show_lines=False)
     for row in rows:
         found.add_row(*(Text(str(cell)) for cell in row))
@@ -74,6 +89,7 @@ def panel(title: str, body: str) -> None:
 
 def note(text: str) -> None:
     """Prints a line on stderr."""
+    _quiet()
     err.print(Text(text), soft_wrap=True)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -218,6 +220,31 @@ def test_review_without_a_terminal_says_how_to_answer(call, tmp_path):
     call("observe", talk.write(tmp_path / "talk.jsonl", 6))
     code, _, err = call("review")
     assert (code, "review ID --accept" in err) == (2, True)
+
+
+def test_review_at_a_terminal(call, tmp_path, home):
+    """Questions on a real terminal: nothing wipes them, a wrong key is asked again, every answer is stored."""
+    import pty
+
+    call("observe", talk.write(tmp_path / "talk.jsonl", 12))
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.pop("EDITOR", None)
+        os.environ.pop("VISUAL", None)
+        os.environ["PYTHONPATH"] = str(Path(cli.__file__).parent.parent)
+        os.execv(sys.executable, [sys.executable, "-m", "edge_sdss", "review", "--home", str(home)])
+    for key in ("x", "a", "e", "in metric", "s", "f", "q"):
+        os.write(terminal, f"{key}\n".encode())
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux ends a terminal's output so
+        while chunk := os.read(terminal, 4096):
+            shown += chunk
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert b"1 of 8" in shown
+    assert b"\x1b[2K" not in shown
+    status = document(call("status", "--json"))
+    assert [e["annotation"] for e in sorted(status["buffer"], key=lambda e: e["seq"])][:3] == ["accept", "edit", "skip"]
+    assert status["in_buffer"] == 7
 
 
 def test_the_installed_program_starts_without_torch():
