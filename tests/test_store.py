@@ -104,7 +104,12 @@ def test_annotations_come_back_with_their_exemplar_and_leave_with_it(store):
     assert first in decision.evicted.values()
     store.record(decision)
     assert first in store.asked()
-    assert b"wanted" not in b"".join(store._db.serialize() for _ in "x")
+    assert store._db.execute(
+        "SELECT answer, preferred FROM annotations WHERE dialogue_id = ?", (first,)
+    ).fetchone() == (
+        "edit",
+        None,
+    )
 
 
 def test_forgetting_deletes_text_from_the_file_and_marks_all_rounds_that_go_back_to_it(store, tmp_path):
