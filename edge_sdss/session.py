@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -281,10 +281,16 @@ class Session:
 
     def nll(self, examples: Sequence[Example], adapter: Path | None) -> Any:
         """The loss of each example with an adapter, [n] float64 nats per token."""
+        tokens, batch = self.settings.tuning.max_tokens, self.settings.evaluation.batch_size
+        with self.with_adapter(adapter) as lm:
+            return lm.nll(examples, max_tokens=tokens, batch_size=batch, progress=self.progress)
+
+    @contextmanager
+    def with_adapter(self, adapter: Path | None) -> Iterator[LanguageModel]:
+        """Inside, the model answers with an adapter (None: the base model); afterwards it is the base model again."""
         self.lm.attach(adapter)
         try:
-            tokens, batch = self.settings.tuning.max_tokens, self.settings.evaluation.batch_size
-            return self.lm.nll(examples, max_tokens=tokens, batch_size=batch, progress=self.progress)
+            yield self.lm
         finally:
             self.lm.attach(None)
 

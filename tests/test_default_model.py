@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from edge_sdss import default_model
 from edge_sdss.errors import BackendUnavailable
+from edge_sdss.files import sha256
 
 TEXT = "The capital of France is Paris. It is the largest city in the country and is known for the Eiffel Tower."
 # SmolLM2's vocabulary lacks the letters of 21 bytes: six control characters, and planes 4 to 11 of Unicode,
@@ -173,7 +174,7 @@ def test_loss_of_a_plain_text(folder):
 def test_conversion_is_deterministic(gguf_file, folder, tmp_path):
     default_model.convert(gguf_file, tmp_path)
     for file in sorted(folder.iterdir()):
-        assert default_model.file_sha256(file) == default_model.file_sha256(tmp_path / file.name), file.name
+        assert sha256(file) == sha256(tmp_path / file.name), file.name
     (tmp_path / "model.safetensors").unlink()
 
 

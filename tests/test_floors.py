@@ -17,7 +17,7 @@ FLOORS = (
     {"errors", "types", "config"},
     {
         "store", "readers", "lexicon", "lm", "default_model", "backends", "device", "statistics", "metrics",
-        "general", "sensors",
+        "general", "sensors", "files",
     },
     {
         "selection", "synthesis", "tuning", "gate", "evaluation", "report", "exporting", "runtime",

@@ -21,8 +21,9 @@ from torch.nn.functional import cross_entropy as dense_cross_entropy
 
 from edge_sdss import config
 from edge_sdss.errors import ConfigError, InputError
+from edge_sdss.files import sha256
 from edge_sdss.lm import LanguageModel
-from edge_sdss.tuning.checkpoint import Checkpoints, State, sha256
+from edge_sdss.tuning.checkpoint import Checkpoints, State
 from edge_sdss.tuning.loss import cross_entropy
 from edge_sdss.tuning.memory import PeakTensorBytes
 from edge_sdss.tuning.steps import batches, learning_rate
@@ -434,7 +435,7 @@ torch.set_num_threads(1)
 sys.path[:0] = sys.argv[3:]
 from edge_sdss import config
 from edge_sdss.lm import LanguageModel
-from edge_sdss.tuning.checkpoint import sha256
+from edge_sdss.files import sha256
 from edge_sdss.tuning import steps
 from edge_sdss.tuning.trainer import train
 from test_tuning import EXAMPLES, SETTINGS, WEIGHTS

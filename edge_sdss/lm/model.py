@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from edge_sdss import config, default_model
 from edge_sdss.errors import InputError, message
+from edge_sdss.files import sha256
 from edge_sdss.lm import adapters, decoding, loading
 from edge_sdss.lm.chat import Chat, Encoded
 from edge_sdss.lm.decoding import Generation
@@ -67,7 +68,7 @@ class LanguageModel:
     def fingerprint(self) -> str:
         """SHA-256 over the base model's configuration and weights on the disk, 64 hexadecimal digits."""
         files = [self._folder / "config.json", *sorted(self._folder.glob("*.safetensors"))]
-        digests = "".join(default_model.file_sha256(file) for file in files)
+        digests = "".join(sha256(file) for file in files)
         return hashlib.sha256(digests.encode()).hexdigest()
 
     @property

@@ -49,7 +49,7 @@ class Buffer:
         self.bytes = 0
         self._sizes = np.zeros(self.bins, dtype=np.int64)
         self._codes = np.zeros((self.bins, self.codec.row_bytes), dtype=np.uint8)
-        self._slot_of: dict[str, int] = {}
+        self._ids: set[str] = set()
         self._idd = np.full(self.bins, np.inf)
         self._slots: dict[str, set[int]] = {}  # by domain
         self._means: dict[str, npt.NDArray[np.float64]] = {}
@@ -60,7 +60,7 @@ class Buffer:
         return len(self.entries)
 
     def __contains__(self, dialogue_id: object) -> bool:
-        return dialogue_id in self._slot_of
+        return dialogue_id in self._ids
 
     @property
     def used(self) -> npt.NDArray[np.int64]:
@@ -77,10 +77,6 @@ class Buffer:
         if key not in self._memo:
             self._memo[key] = compute()
         return cast(T, self._memo[key])
-
-    def slot_of(self, dialogue_id: str) -> int:
-        """The bin of a kept dialogue; KeyError where it is not kept."""
-        return self._slot_of[dialogue_id]
 
     @property
     def idd(self) -> npt.NDArray[np.float64]:
@@ -113,7 +109,7 @@ class Buffer:
         dialogue = exemplar.dialogue
         size = entry_bytes(dialogue, self.codec.row_bytes, exemplar.annotation)
         self.entries[slot] = exemplar
-        self._slot_of[dialogue.id] = slot
+        self._ids.add(dialogue.id)
         self.eoe[slot], self.dss[slot] = exemplar.eoe, exemplar.dss
         self.seq[slot], self.words[slot] = exemplar.seq, exemplar.words
         self._sizes[slot] = size
@@ -126,7 +122,7 @@ class Buffer:
     def remove(self, slot: int) -> Exemplar:
         """Empties a bin and returns what was in it."""
         exemplar = self.entries.pop(slot)
-        del self._slot_of[exemplar.dialogue.id]
+        self._ids.remove(exemplar.dialogue.id)
         self.eoe[slot] = self.dss[slot] = self._idd[slot] = np.inf
         self.bytes -= int(self._sizes[slot])
         self._sizes[slot] = 0

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from edge_sdss import config
 from edge_sdss.errors import InputError, message
+from edge_sdss.files import sha256
 from edge_sdss.lm import CARD
 from edge_sdss.tuning import adapter
-from edge_sdss.tuning.checkpoint import Checkpoints, State, fresh, publish, sha256
+from edge_sdss.tuning.checkpoint import Checkpoints, State, fresh, publish
 from edge_sdss.tuning.records import Round, Step
 from edge_sdss.types import Example, Progress, no_progress
 
