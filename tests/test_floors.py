@@ -17,13 +17,13 @@ FLOORS = (
     {"errors", "types", "config"},
     {
         "store", "readers", "lexicon", "lm", "default_model", "backends", "device", "statistics", "metrics",
-        "general", "sensors", "files",
+        "general", "sensors", "files", "tree", "boards", "page",
     },
     {
         "selection", "synthesis", "tuning", "gate", "evaluation", "report", "exporting", "runtime",
         "profiling",
     },
-    {"rounds", "session", "experiment", "demo"},
+    {"rounds", "session", "experiment", "demo", "cases", "doctor", "profile"},
     {"cli", "options", "review", "console", "__main__"},
 )  # fmt: skip
 STAGES = 2
