@@ -8,14 +8,13 @@ from __future__ import annotations
 import fcntl
 import json
 import math
-import os
-import platform
-import re
 import subprocess
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from edge_sdss import device
 
 FOLDER = Path(__file__).resolve().parent / "results"
 REQUIRED = ("bench", "case", "metric", "value", "unit")
@@ -33,10 +32,11 @@ def append(lines: Iterable[Mapping[str, Any]], folder: Path = FOLDER, made_at: s
     """
     stamp = {
         "commit": made_at or commit(),
-        "device": device_name(),
+        "device": device.slug(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    text = "".join(json.dumps(validated(line) | stamp, allow_nan=False) + "\n" for line in lines)
+    made = {"emulated": device.emulated() is not None}
+    text = "".join(json.dumps(validated({**made, **line}) | stamp, allow_nan=False) + "\n" for line in lines)
     file = folder / f"{stamp['device']}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as stream:
@@ -62,18 +62,6 @@ def validated(line: Mapping[str, Any]) -> dict[str, Any]:
     if (whole["peer"] is None) != (whole["ratio"] is None):
         raise ValueError(f"peer and ratio go together in {line}")
     return whole
-
-
-def device_name() -> str:
-    """This machine as a slug, such as x86-64-intel-xeon-platinum-8488c-2-cores."""
-    model = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
-    board = Path("/proc/device-tree/model")  # ARM boards name themselves here, not in cpuinfo
-    detail = named[1] if named else board.read_text().strip("\0") if board.exists() else platform.processor()
-    detail = re.sub(r"\((R|TM)\)|\bCPU\b|@.*", " ", detail, flags=re.I)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return re.sub(r"[^a-z0-9]+", "-", f"{model} {detail} {cores} cores".lower()).strip("-")
 
 
 def commit() -> str:

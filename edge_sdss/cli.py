@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import click
 import typer
 
-from edge_sdss import __version__, console, options
+from edge_sdss import __version__, cli_profile, console, options
 from edge_sdss.errors import EdgeSdssError, InputError, message
 from edge_sdss.options import (
     Backend,
@@ -362,6 +362,10 @@ def rollback(home: Home = None, settings_file: Settings = None, json_: Json = Fa
     with options.session(home, options.settings(settings_file, None, {})) as session:
         number = session.rollback()
         console.emit({"active_round": number, "adapter": str(session.active_adapter) if number else None}, json_)
+
+
+for _verb in (cli_profile.profile, cli_profile.compare, cli_profile.doctor):
+    app.command()(_verb)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +38,17 @@ def processor(root: Path = Path("/")) -> str:
         if line.lower().startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def slug(root: Path = Path("/")) -> str:
+    """The machine's name for files and results, such as x86-64-intel-xeon-platinum-8488c-2-cores."""
+    detail = re.sub(r"\((R|TM)\)|\bCPU\b|@.*", " ", processor(root), flags=re.I)
+    return re.sub(r"[^a-z0-9]+", "-", f"{platform.machine()} {detail} {cores()} cores".lower()).strip("-")
+
+
+def emulated() -> str | None:
+    """The board whose limits this process runs under, as `edge-sdss emulate` says it; None on the real one."""
+    return os.environ.get("EDGE_SDSS_EMULATED") or None
 
 
 def cores() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,6 +74,17 @@ def flags(
 def home(given: Path | None) -> Path:
     """The folder of the state: the one given, or the platform's place for application data."""
     return given or Path(platformdirs.user_data_dir("edge_sdss", appauthor=False))
+
+
+def share(text: str) -> float:
+    """A share from a text such as 5% or 0.05. Raises InputError for anything else, and below 0."""
+    try:
+        found = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < math.inf:
+        raise InputError(message(f"read {text!r}", "no share", "write 5% or 0.05"))
+    return found
 
 
 def fresh(path: Path) -> Path:

@@ -59,7 +59,10 @@ class Tree:
         if name := self.faults.get(path):
             number = getattr(errno, name, errno.EIO)
             raise OSError(number, os.strerror(number), path)
-        return (self.root / path).read_text(encoding="utf-8", errors="replace")
+        try:
+            return (self.root / path).read_text(encoding="utf-8", errors="replace")
+        except TypeError as error:  # Python's way of saying EAGAIN, as zones of an Orin answer while they sleep
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), path) from error
 
     def maybe(self, path: str) -> str | None:
         """Returns a file's text without surrounding blanks and NULs; None where it cannot be read."""

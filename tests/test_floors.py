@@ -17,7 +17,7 @@ FLOORS = (
     {"errors", "types", "config"},
     {
         "store", "readers", "lexicon", "lm", "default_model", "backends", "device", "statistics", "metrics",
-        "general", "sensors", "files", "tree", "boards", "page",
+        "general", "sensors", "files", "tree", "boards", "jetpack", "page",
     },
     {
         "selection", "synthesis", "tuning", "gate", "evaluation", "report", "exporting", "runtime",

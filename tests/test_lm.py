@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -401,6 +402,20 @@ def test_sampling_follows_the_nucleus(size, top_p):
 def test_a_prompt_longer_than_the_context(lm):
     answer = lm.generate([(Turn("user", "word " * 2000),)], max_new_tokens=4)[0]
     assert 1 <= answer.tokens <= 4
+
+
+def test_following_a_prompt_is_greedy_decoding_without_end(lm):
+    prompt = lm.chat.prompt_ids(CONVERSATIONS[0], 64)
+    ids = torch.tensor([prompt])
+    wanted = []
+    with torch.no_grad():
+        for _ in range(40):  # the whole sequence anew each time, no cache
+            wanted.append(int(lm.model(input_ids=ids).logits[0, -1].argmax()))
+            ids = torch.cat([ids, torch.tensor([[wanted[-1]]])], dim=1)
+    assert list(itertools.islice(lm.follow(prompt), 40)) == wanted
+    assert torch.is_grad_enabled()
+    with pytest.raises(InputError, match="no token"):
+        lm.follow([])
 
 
 def test_progress(lm):

@@ -19,10 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from edge_sdss import files
 from edge_sdss import report as package
 from edge_sdss.config import Config
 from edge_sdss.errors import BackendUnavailable, InputError
-from edge_sdss.report import RunReport, files, headline, json_schema, load, plots, thin, write
+from edge_sdss.page import formats
+from edge_sdss.report import RunReport, headline, json_schema, load, plots, thin, write
 from edge_sdss.report import html as page
 from edge_sdss.report.schema import Offer
 
@@ -329,7 +331,7 @@ def rendered(report: RunReport) -> str:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the drawings out, for tests of what is around them."""
-    monkeypatch.setattr(plots, "_svg", lambda name, inches, draw, alt: f'<svg role="img" aria-label="{name}"></svg>')
+    monkeypatch.setattr(plots, "svg", lambda name, inches, draw, alt: f'<svg role="img" aria-label="{name}"></svg>')
 
 
 def changed(report: RunReport, **changes: Any) -> RunReport:
@@ -583,19 +585,19 @@ def test_the_headline_never_calls_a_rejected_or_missing_round_active(report):
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: page.num(-0.426), "−0.43"),
-        (lambda: page.num(None), "–"),
-        (lambda: page.signed(0.021, 3), "+0.021"),
-        (lambda: page.count(1234567), "1,234,567"),
-        (lambda: page.size(1023), "1023 bytes"),
-        (lambda: page.size(1024), "1.0 KiB"),
-        (lambda: page.size(3 << 30), "3.0 GiB"),
-        (lambda: page.duration(0.84), "0.8 s"),
-        (lambda: page.duration(59.7), "1 min 00 s"),
-        (lambda: page.duration(134), "2 min 14 s"),
-        (lambda: page.share(1, 3), "33 %"),
-        (lambda: page.share(1, 54), "1.9 %"),
-        (lambda: page.share(1, 0), "–"),
+        (lambda: formats.num(-0.426), "−0.43"),
+        (lambda: formats.num(None), "–"),
+        (lambda: formats.signed(0.021, 3), "+0.021"),
+        (lambda: formats.count(1234567), "1,234,567"),
+        (lambda: formats.size(1023), "1023 bytes"),
+        (lambda: formats.size(1024), "1.0 KiB"),
+        (lambda: formats.size(3 << 30), "3.0 GiB"),
+        (lambda: formats.duration(0.84), "0.8 s"),
+        (lambda: formats.duration(59.7), "1 min 00 s"),
+        (lambda: formats.duration(134), "2 min 14 s"),
+        (lambda: formats.share(1, 3), "33 %"),
+        (lambda: formats.share(1, 54), "1.9 %"),
+        (lambda: formats.share(1, 0), "–"),
     ],
 )
 def test_numbers_are_formatted_for_people(call, text):

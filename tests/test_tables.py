@@ -15,6 +15,8 @@ import tables
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_sdss import device
+
 LINE = {"bench": "import", "case": "package", "metric": "median time", "value": 41.0, "unit": "ms"}
 README = """before
 <!-- table:import -->
@@ -77,7 +79,7 @@ def test_a_line_that_does_not_fit_is_refused_and_nothing_is_written(
 
 
 def test_append_waits_for_another_writer(tmp_path: Path) -> None:
-    file = tmp_path / f"{results.device_name()}.jsonl"
+    file = tmp_path / f"{device.slug()}.jsonl"
     writer = threading.Thread(target=results.append, args=([LINE, LINE], tmp_path))
     with file.open("a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
@@ -90,7 +92,7 @@ def test_append_waits_for_another_writer(tmp_path: Path) -> None:
 
 
 def test_the_device_is_a_slug_that_names_the_cores() -> None:
-    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*-\d+-cores", results.device_name())
+    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*-\d+-cores", device.slug())
 
 
 def test_commit_tells_a_changed_tree_but_not_new_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

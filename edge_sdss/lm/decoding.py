@@ -5,7 +5,7 @@ Knows ids and logits; what a conversation is, it does not know. A row that is fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,24 @@ def decode(
         mask = torch.cat([mask, mask.new_ones(len(keep), 1)], dim=1)
         positions = positions[:, -1:] + 1
     return written
+
+
+def follow(forward: Forward, prompt: Sequence[int], device: torch.device) -> Iterator[int]:
+    """Yields the most probable next id, again and again; the first one costs the prompt's prefill."""
+    import torch
+
+    ids, mask = padded([prompt], device)
+    positions = mask.cumsum(-1) - 1
+    cache = None
+    while True:
+        with torch.no_grad():
+            output = forward(ids, mask, positions, cache)
+        cache = output.past_key_values
+        token = int(output.logits[0, -1].argmax())
+        yield token
+        ids = torch.tensor([[token]], device=device)
+        mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
+        positions = positions[:, -1:] + 1
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

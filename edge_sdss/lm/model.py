@@ -187,6 +187,16 @@ class LanguageModel:
             progress("generating", len(answers), len(order))
         return [answers[row] for row in range(len(prompts))]
 
+    def follow(self, prompt: Sequence[int]) -> Iterator[int]:
+        """Yields the ids that follow a prompt, greedily, one at a time and without end: the caller stops.
+
+        The first id costs the prompt's prefill, each further one a decode step. Raises InputError for an
+        empty prompt.
+        """
+        if not prompt:
+            raise InputError(message("ask the model", "the prompt has no token", "give a prompt"))
+        return decoding.follow(self._step, prompt, self.device)
+
     def attach(self, adapter: Path | None) -> None:
         """Makes a PEFT folder the active adapter; None removes the one that is attached.
 
@@ -221,6 +231,9 @@ class LanguageModel:
             taken["past_key_values"] = cache
         return self.model(input_ids=ids, attention_mask=mask, **taken)
 
+    def _step(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> Any:
+        return self._forward(ids, mask, positions, cache, 1)
+
     def _decode(
         self,
         prompts: Sequence[Sequence[int]],
@@ -230,14 +243,11 @@ class LanguageModel:
     ) -> list[list[int]]:
         import torch
 
-        def forward(ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> Any:
-            return self._forward(ids, mask, positions, cache, 1)
-
         def ended(ids: Sequence[int]) -> bool:
             return self._stopped(ids, stop)
 
         with torch.no_grad():
-            return decoding.decode(forward, prompts, choose, ended, max_new_tokens, self.device)
+            return decoding.decode(self._step, prompts, choose, ended, max_new_tokens, self.device)
 
     def _stopped(self, ids: Sequence[int], stop: tuple[str, ...]) -> bool:
         if ids[-1] in self.chat.stop_ids:

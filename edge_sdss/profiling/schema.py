@@ -92,6 +92,7 @@ class Run(Record):
     end_s: float
     items: float = Field(ge=0, description="tokens, offers, steps that it processed")
     samples: dict[str, list[float]] = Field(description="raw samples by metric")
+    peak_rss_bytes: int | None = Field(default=None, ge=0, description="peak of the process's memory in it")
 
 
 class Case(Record):
@@ -161,6 +162,7 @@ class State(Record):
     fan: dict[str, float] = Field(default_factory=dict, description="duty of each fan, 0 to 1")
     temperatures_c: dict[str, float] = Field(default_factory=dict)
     throttled: tuple[str, ...] = Field(default=(), description="alarms that are on, in words")
+    throttle_counts: dict[str, int] = Field(default_factory=dict, description="throttling events since boot")
     available_bytes: int | None = None
     load_1min: float | None = None
 
@@ -209,6 +211,8 @@ class Report(Record):
     before: State
     after: State
     cases: tuple[Case, ...]
+    notes: tuple[str, ...] = Field(default=(), description="what was set, or changed, while measuring, in words")
+    failed: dict[str, str] = Field(default_factory=dict, description="cases that ended with an error, and which")
     trace: tuple[Channel, ...]
     duration_s: float
     settings: dict[str, Any]

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import groupby
-from typing import Any
 
-from edge_sdss.errors import BackendUnavailable, message
+from edge_sdss import page
+from edge_sdss.page.formats import flat, num
 from edge_sdss.report import plots
 from edge_sdss.report.schema import Entry, EvalInfo, EvalItem, RunReport, SynthesisExample
 
-MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
 FIRST_ENTRIES, MAX_ENTRIES, MAX_GROUPS, MAX_ANSWERS = 12, 100, 8, 4
 
 
@@ -28,24 +26,14 @@ def headline(report: RunReport) -> str:
 
 def render(report: RunReport) -> str:
     """Returns the page. Raises BackendUnavailable where jinja2 or matplotlib is missing."""
-    try:
-        from jinja2 import Environment, StrictUndefined
-        from markupsafe import Markup
-    except ImportError as error:
-        found = "jinja2 is not installed"
-        raise BackendUnavailable(message("write report.html", found, "pip install 'edge_sdss[train]'")) from error
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters.update(num=num, signed=signed, count=count, size=size, duration=duration, share=share)
-    page.filters.update(change=_delta)
-    here = files("edge_sdss.report")
-    template = page.from_string(here.joinpath("template.html.j2").read_text(encoding="utf-8"))
     shown = plots.series(report.buffer)
-    return template.render(
+    return page.render(
+        "report/template.html.j2",
+        _drawings(report, shown),
+        title=report.title,
         r=report,
         headline=headline(report),
         state=_state(report),
-        css=Markup(here.joinpath("style.css").read_text(encoding="utf-8")),
-        svg={name: Markup(svg) for name, svg in _drawings(report, shown).items()},
         series=shown,
         look={one.name: one for one in shown},
         entries=_mixed(report.buffer.entries)[:MAX_ENTRIES],
@@ -53,46 +41,9 @@ def render(report: RunReport) -> str:
         thinned=len(report.buffer.decisions) < report.buffer.offers,
         groups=_groups(report.synthesis.examples if report.synthesis else ())[:MAX_GROUPS],
         answers=Answers.of(report.eval),
-        settings=list(_settings(report.settings)),
+        change=_delta,
+        settings=list(flat(report.settings)),
     )
-
-
-def num(value: float | None, digits: int = 2) -> str:
-    """Formats a number with a true minus sign; None is a dash."""
-    return NONE if value is None else f"{value:.{digits}f}".replace("-", MINUS)
-
-
-def signed(value: float | None, digits: int = 2) -> str:
-    """Formats a difference: always with its sign."""
-    return NONE if value is None else f"{value:+.{digits}f}".replace("-", MINUS)
-
-
-def count(value: int | None) -> str:
-    """Formats a count with thousands set apart."""
-    return NONE if value is None else f"{value:,}"
-
-
-def size(value: int | None) -> str:
-    """Formats bytes in the binary unit that keeps it below 1024."""
-    if value is None:
-        return NONE
-    scaled, units = float(value), ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while scaled >= 1024 and len(units) > 1:
-        scaled, units = scaled / 1024, units[1:]
-    return f"{scaled:.{0 if units[0] == 'bytes' else 1}f} {units[0]}"
-
-
-def duration(value: float | None) -> str:
-    """Formats seconds."""
-    if value is None:
-        return NONE
-    minutes, seconds = divmod(round(value), 60)
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{value:.{1 if value < 9.95 else 0}f} s"
-
-
-def share(part: float, whole: float) -> str:
-    """Formats part / whole in percent."""
-    return NONE if not whole else f"{100 * part / whole:.{0 if 10 * part >= whole else 1}f} %"
 
 
 @dataclass(frozen=True)
@@ -195,11 +146,3 @@ def _groups(examples: Sequence[SynthesisExample]) -> list[tuple[SynthesisExample
     together = groupby(examples, key=lambda e: (e.prompt, e.response))
     groups = [list(group) for _, group in together]
     return [(group[0], group) for group in groups]
-
-
-def _settings(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, one in value.items():
-        if isinstance(one, Mapping):
-            yield from _settings(one, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", "default" if one is None else str(one)

@@ -6,59 +6,21 @@ drawings where it comes from a user: the page sets the legends. Knows nothing of
 
 from __future__ import annotations
 
-import html
-import io
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edge_sdss.errors import BackendUnavailable, message
+from edge_sdss.page.drawing import MARKERS, SERIES, STAND_IN, svg, whole
 from edge_sdss.report.schema import Buffer, Delta, LossPoint, Offer, thin
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Matplotlib wants colours, the page has variables: each variable has a stand-in that nobody else uses.
-STAND_IN = {
-    f"--{name}": f"#0a0b{number:02x}"
-    for number, name in enumerate(
-        ["ink", "muted", "grid", "page", "faint", "good", "bad", "rest", *(f"s{i}" for i in range(8))]
-    )
-}
-SERIES = 8
 EARLIER = "kept before the first offer shown"
-MARKERS = ("o", "s", "^", "D", "v", "p", "<", ">")
 MAX_POINTS, MAX_STEPS = 1200, 500
-
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.family": "DejaVu Sans",
-    "font.size": 8.5,
-    "text.color": STAND_IN["--muted"],
-    "axes.labelcolor": STAND_IN["--muted"],
-    "axes.edgecolor": STAND_IN["--grid"],
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.unicode_minus": True,
-    "grid.color": STAND_IN["--grid"],
-    "grid.linewidth": 0.6,
-    "xtick.color": STAND_IN["--grid"],
-    "ytick.color": STAND_IN["--grid"],
-    "xtick.labelcolor": STAND_IN["--muted"],
-    "ytick.labelcolor": STAND_IN["--muted"],
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-}
 
 
 @dataclass(frozen=True)
@@ -148,10 +110,10 @@ def content(buffer: Buffer, shown: Sequence[Series]) -> str:
         axes.set(xlabel="offer", ylabel="dialogues in the buffer", ylim=(0, buffer.bins * 1.12))
         axes.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
         axes.grid(visible=False, axis="x")
-        _whole(axes, x=True, y=True)
+        whole(axes, x=True, y=True)
 
     alt = f"Stacked areas: dialogues in the buffer by domain over {buffer.offers} offers."
-    return _svg("content", (5.2, 2.7), draw, alt)
+    return svg("content", (5.2, 2.7), draw, alt)
 
 
 def planes(buffer: Buffer, shown: Sequence[Series]) -> list[str]:
@@ -173,7 +135,7 @@ def planes(buffer: Buffer, shown: Sequence[Series]) -> list[str]:
             axes.margins(0.06)
 
         alt = f"Scatter plot of {len(offers)} offers, {x.upper()} across and {y.upper()} up."
-        return _svg(f"{x}-{y}", (3.3, 3.0), draw, alt)
+        return svg(f"{x}-{y}", (3.3, 3.0), draw, alt)
 
     return [plane("eoe", "dss"), plane("eoe", "idd"), plane("dss", "idd")]
 
@@ -196,10 +158,10 @@ def loss(points: Sequence[LossPoint]) -> str:
         )
         axes.set(xlabel="step", ylabel="training loss, nats per token")
         axes.set_ylim(0, max(finite, default=0) * 1.08 or 1)
-        _whole(axes, x=True)
+        whole(axes, x=True)
 
     ends = f" from {finite[0]:.2f} to {finite[-1]:.2f} nats per token" if finite else ""
-    return _svg("loss", (5.2, 2.5), draw, f"Line: training loss over {len(points)} steps{ends}.")
+    return svg("loss", (5.2, 2.5), draw, f"Line: training loss over {len(points)} steps{ends}.")
 
 
 def differences(name: str, values: Sequence[float], delta: Delta, unit: str, *, lower_is_better: bool) -> str:
@@ -217,10 +179,10 @@ def differences(name: str, values: Sequence[float], delta: Delta, unit: str, *, 
         axes.axhline(0, color=STAND_IN["--muted"], linewidth=1)
         axes.set(xlabel="held-out dialogue, best first", ylabel=f"{name}, after − before{unit}")
         axes.grid(visible=False, axis="x")
-        _whole(axes, x=True)
+        whole(axes, x=True)
 
     alt = f"Bars: difference of {name} for {len(values)} held-out dialogues, {sum(better)} of them better."
-    return _svg(f"delta-{name}", (4.6, 3.0), draw, alt)
+    return svg(f"delta-{name}", (4.6, 3.0), draw, alt)
 
 
 def _points(
@@ -231,42 +193,3 @@ def _points(
         style = {"markersize": 6, "markeredgewidth": 1.1, "markeredgecolor": STAND_IN["--ink"], "zorder": 3}
     across, up = [getattr(o, x) for o in offers], [getattr(o, y) for o in offers]
     axes.plot(across, up, linestyle="", marker=marker, color=STAND_IN[variable], **style)
-
-
-def _whole(axes: Axes, *, x: bool = False, y: bool = False) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    for axis in [axes.xaxis] * x + [axes.yaxis] * y:
-        axis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
-
-
-def _svg(name: str, inches: tuple[float, float], draw: Any, alt: str) -> str:
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        found = "matplotlib is not installed"
-        raise BackendUnavailable(message("draw the report", found, "pip install 'edge_sdss[train]'")) from error
-    text = io.StringIO()
-    # The name as salt: ids are the same in every run, and differ between the drawings of a page.
-    style: Any = {**_STYLE, "svg.hashsalt": name}
-    with rc_context(style):
-        figure = Figure(figsize=inches, layout="constrained")
-        draw(figure)
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return _inline(text.getvalue(), alt)
-
-
-def _inline(svg: str, alt: str) -> str:
-    """Cuts a file down to what a page needs, and puts the variables in."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    for variable, color in STAND_IN.items():
-        svg = svg.replace(color, f"var({variable})")
-    svg = re.sub(r"<svg[^>]*?viewBox=(\"[^\"]*\")[^>]*>", rf"<svg viewBox=\1 {_NAMESPACES} LABEL>", svg, count=1)
-    svg = svg.replace("LABEL", f'role="img" aria-label="{html.escape(alt)}"', 1)
-    return re.sub(r"\n\s*", "\n", svg).strip()
-
-
-_NAMESPACES = 'xmlns:xlink="http://www.w3.org/1999/xlink" xmlns="http://www.w3.org/2000/svg"'

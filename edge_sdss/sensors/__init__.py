@@ -94,12 +94,14 @@ def load(name: str) -> Any:
 def discover(tree: Tree | None = None, clock: Clock = time.monotonic, wanted: Sequence[str] | None = None) -> Found:
     """Opens every sensor that works here, or those in `wanted`, each of which must.
 
+    A file with `LIVE = False` reads what was recorded elsewhere; it is opened only where it is wanted.
     Raises SensorUnavailable where one in `wanted` cannot be read; the others are closed then.
     """
     tree = tree or Tree()
     opened: list[Sensor] = []
     unavailable: dict[str, str] = {}
-    for name in wanted if wanted is not None else names():
+    live = [name for name in names() if getattr(load(name), "LIVE", True)]
+    for name in wanted if wanted is not None else live:
         try:
             opened.append(load(name).open(tree, clock))
         except SensorUnavailable as error:

@@ -1,0 +1,247 @@
+"""The process's memory over a window, on this machine and on written trees."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+from edge_sdss.profiling import memory
+from edge_sdss.profiling.memory import Watch
+from edge_sdss.tree import Tree
+
+MIB = 1 << 20
+linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc/self/clear_refs")
+
+
+def touched(mib: int) -> np.ndarray:
+    return np.ones(mib * MIB // 8)
+
+
+def plant(root: Path, files: dict[str, str]) -> Tree:
+    for path, held in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(held, encoding="utf-8")
+    return Tree(root)
+
+
+PROCESS = {
+    "proc/self/status": "VmHWM:\t  300 kB\nVmRSS:\t  200 kB\n",
+    "proc/self/smaps_rollup": (
+        "5643-7ffe ---p 00000000 00:00 0 [rollup]\nRss:  200 kB\nPss:  150 kB\n"
+        "Private_Clean:  20 kB\nPrivate_Dirty:  70 kB\nSwap:  8 kB\n"
+    ),
+    "proc/meminfo": "MemAvailable:  1000 kB\n",
+}
+
+
+@linux
+def test_the_peak_rises_by_what_was_held_for_a_while() -> None:
+    with Watch() as still:
+        pass
+    with Watch() as busy:
+        array = touched(64)
+        del array
+    assert still.result.peak_rss_bytes is not None
+    assert busy.result.peak_rss_bytes is not None
+    assert busy.result.rss_bytes is not None
+    assert busy.result.peak_rss_bytes - still.result.peak_rss_bytes == pytest.approx(64 * MIB, abs=2 * MIB)
+    assert busy.result.rss_bytes == pytest.approx(still.result.rss_bytes, abs=2 * MIB)
+
+
+@linux
+def test_memory_freed_in_an_earlier_window_is_not_of_a_later_one() -> None:
+    with Watch() as first:
+        array = touched(96)
+        del array
+    with Watch() as second:
+        array = touched(16)
+        del array
+    assert first.result.peak_rss_bytes is not None
+    assert second.result.peak_rss_bytes is not None
+    assert first.result.peak_rss_bytes - second.result.peak_rss_bytes == pytest.approx(80 * MIB, abs=2 * MIB)
+    assert "RSS" not in second.result.note
+
+
+@linux
+def test_memory_that_is_kept_is_private_to_the_process() -> None:
+    with Watch() as before:
+        pass
+    with Watch() as after:
+        array = touched(32)
+    for name in ("rss_bytes", "uss_bytes", "pss_bytes"):
+        rise = getattr(after.result, name) - getattr(before.result, name)
+        assert rise == pytest.approx(32 * MIB, abs=2 * MIB), name
+    assert array[-1] == 1
+
+
+@linux
+def test_an_inner_window_takes_no_peak_from_an_outer_one() -> None:
+    with Watch() as outer:
+        array = touched(64)
+        del array
+        with Watch() as inner:
+            pass
+    assert outer.result.peak_rss_bytes is not None
+    assert inner.result.peak_rss_bytes is not None
+    assert outer.result.peak_rss_bytes - inner.result.peak_rss_bytes == pytest.approx(64 * MIB, abs=2 * MIB)
+
+
+@linux
+def test_a_recording_does_not_hide_this_process(tmp_path: Path) -> None:
+    with Watch(Tree(tmp_path, faults={})) as watch:
+        pass
+    assert watch.result.rss_bytes is not None
+    assert watch.result.rss_bytes > MIB
+
+
+def test_a_window_that_fails_has_figures_too() -> None:
+    watch = Watch()
+    with pytest.raises(ZeroDivisionError), watch:
+        _ = 1 / 0
+    assert watch.result.peak_rss_bytes is not None
+    assert memory._watching == []
+
+
+def test_figures_come_from_the_files_in_bytes(tmp_path: Path) -> None:
+    with Watch(plant(tmp_path, PROCESS)) as watch:
+        pass
+    found = watch.result
+    assert (found.rss_bytes, found.peak_rss_bytes) == (200 * 1024, 300 * 1024)
+    assert (found.uss_bytes, found.pss_bytes, found.swap_bytes) == (90 * 1024, 150 * 1024, 8 * 1024)
+    assert "the peak of RSS is that of the process's life" in found.note  # there is no clear_refs in this tree
+
+
+def test_a_peak_that_rose_is_the_windows_own_without_a_reset(tmp_path: Path) -> None:
+    tree = plant(tmp_path, PROCESS)
+    with Watch(tree) as watch:
+        plant(tmp_path, {"proc/self/status": "VmHWM:\t  400 kB\nVmRSS:\t  200 kB\n"})
+    assert watch.result.peak_rss_bytes == 400 * 1024
+    assert "RSS" not in watch.result.note
+
+
+def test_the_reset_is_a_5(tmp_path: Path) -> None:
+    tree = plant(tmp_path, PROCESS | {"proc/self/clear_refs": ""})
+    with Watch(tree) as watch:
+        pass
+    assert tree.text("proc/self/clear_refs") == "5"
+    assert "RSS" not in watch.result.note
+
+
+def test_nothing_to_read_is_none(tmp_path: Path) -> None:
+    with Watch(Tree(tmp_path)) as watch:
+        pass
+    assert set(watch.result.model_dump(exclude={"note"}).values()) == {None}
+
+
+def test_the_least_available_memory_may_lie_between_the_edges(tmp_path: Path) -> None:
+    tree = plant(tmp_path, PROCESS)
+    samples: list[float | None] = []
+    with Watch(tree, available=samples) as watch:
+        samples += [900.0 * 1024, None, 640.0 * 1024, float("nan"), 2000.0 * 1024]
+        plant(tmp_path, {"proc/meminfo": "MemAvailable:  950 kB\n"})
+    assert watch.result.available_drop_bytes == 360 * 1024
+    assert "MemAvailable" not in watch.result.note
+    with Watch(tree, available=lambda: []) as watch:
+        plant(tmp_path, {"proc/meminfo": "MemAvailable:  700 kB\n"})
+    assert watch.result.available_drop_bytes == 250 * 1024
+    assert "before and after only" in watch.result.note
+    with Watch(tree) as watch:
+        plant(tmp_path, {"proc/meminfo": "MemAvailable:  800 kB\n"})
+    assert watch.result.available_drop_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("lines", "file"),
+    [
+        ("0::/user.slice/job\n", "sys/fs/cgroup/user.slice/job/memory.peak"),
+        ("0::/\n", "sys/fs/cgroup/memory.peak"),
+        ("1:cpu:/\n0::/job\n", "sys/fs/cgroup/unified/job/memory.peak"),
+        ("4:memory:/job\n0::/\n", "sys/fs/cgroup/memory/job/memory.max_usage_in_bytes"),
+        ("4:cpu,memory:/docker/1a2b\n", "sys/fs/cgroup/memory/memory.max_usage_in_bytes"),
+        ("0::/../other\n", "sys/fs/cgroup/memory.peak"),
+    ],
+)
+def test_the_cgroup_is_the_processes_own(tmp_path: Path, lines: str, file: str) -> None:
+    tree = plant(tmp_path, {"proc/self/cgroup": lines, file: "123456789\n"})
+    assert memory._cgroup_file(tree) == file
+    with Watch(tree) as watch:
+        (tmp_path / file).write_text("223456789\n", encoding="utf-8")
+    assert watch.result.cgroup_peak_bytes == 223456789
+
+
+@pytest.mark.parametrize("lines", ["", "0::/job\n", "7:pids:/\n", ":::\n", "0\n"])
+def test_no_cgroup_is_none(tmp_path: Path, lines: str) -> None:
+    with Watch(plant(tmp_path, {"proc/self/cgroup": lines})) as watch:
+        pass
+    assert watch.result.cgroup_peak_bytes is None
+
+
+def test_a_cgroups_peak_that_cannot_be_reset_is_said_to_be_old(tmp_path: Path) -> None:
+    file = "sys/fs/cgroup/memory/memory.max_usage_in_bytes"
+    tree = plant(tmp_path, {"proc/self/cgroup": "4:memory:/\n", file: "1000\n"})
+    with Watch(tree) as watch:
+        pass
+    assert watch.result.cgroup_peak_bytes == 1000
+    assert "cgroup" in watch.result.note
+    with Watch(tree) as watch:
+        (tmp_path / file).write_text("2000\n", encoding="utf-8")
+    assert "cgroup" not in watch.result.note
+    assert (tmp_path / file).read_text(encoding="utf-8") == "2000\n"  # v1's, which all readers share, is never reset
+
+
+def fake_torch(monkeypatch: pytest.MonkeyPatch, used: bool) -> SimpleNamespace:
+    peaks = {0: 100, 1: 10}
+    cuda = SimpleNamespace(
+        is_initialized=lambda: used,
+        device_count=lambda: 2,
+        reset_peak_memory_stats=lambda device: peaks.update({device: 1}),
+        max_memory_allocated=lambda device: peaks[device],
+        max_memory_reserved=lambda device: 2 * peaks[device],
+        peaks=peaks,
+    )
+    module = ModuleType("torch")
+    module.cuda = cuda  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch", module)
+    return cuda
+
+
+def test_torchs_peaks_are_those_of_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = fake_torch(monkeypatch, used=True)
+    with Watch() as watch:
+        cuda.peaks[0] = 40
+    assert (watch.result.torch_allocated_bytes, watch.result.torch_reserved_bytes) == (41, 82)
+
+
+def test_torch_without_cuda_in_use_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = fake_torch(monkeypatch, used=False)
+    with Watch() as watch:
+        pass
+    assert watch.result.torch_allocated_bytes is None
+    assert cuda.peaks == {0: 100, 1: 10}
+
+
+def test_torch_is_never_loaded() -> None:
+    program = (
+        "import sys\nfrom edge_sdss.profiling.memory import Watch\nwith Watch(): pass\n"
+        "assert not {'torch', 'scipy', 'matplotlib'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_without_proc_the_figures_are_those_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource, psutil = pytest.importorskip("resource"), pytest.importorskip("psutil")
+    monkeypatch.setattr(memory, "_kilobytes", lambda tree, path: {})
+    usage = SimpleNamespace(ru_maxrss=5000)
+    monkeypatch.setattr(resource, "getrusage", lambda who: usage)
+    for platform, unit in (("darwin", 1), ("linux", 1024)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert memory._peak_rss(Tree()) == 5000 * unit
+    monkeypatch.undo()
+    rss, uss = memory._portable()
+    assert rss == pytest.approx(psutil.Process().memory_info().rss, rel=0.1)
+    assert uss is None or uss <= rss
