@@ -129,6 +129,24 @@ class Evaluation(_Section):
     seed: int = Field(0, ge=0)
 
 
+class Profile(_Section):
+    """How latency, energy and memory are measured."""
+
+    runs: int = Field(5, ge=1, description="blocks of repetitions of each case, in random order among the cases")
+    repetitions: int = Field(10, ge=1, description="of each case, at least, over all runs")
+    seconds: float = Field(10.0, ge=0, description="of each case, at least, over all runs")
+    warmups: int = Field(1, ge=0, description="repetitions before each run that are not counted")
+    prompt_tokens: int = Field(512, ge=1, description="of `prefill`")
+    new_tokens: int = Field(128, ge=2, description="of `decode`")
+    interval_s: float = Field(0.1, gt=0, description="between two passes over the sensors, on average")
+    jitter: float = Field(0.3, ge=0, lt=1, description="share of the interval; a fixed one aliases with the load")
+    idle_s: float = Field(5.0, ge=0, description="idle power is measured so long, before and after")
+    cool_c: float | None = Field(None, description="wait before each run until no zone is hotter, °C")
+    cool_timeout_s: float = Field(300.0, ge=0, description="and at most so long")
+    clocks: Literal["observe", "require", "set"] = Field("observe", description="set: lock, and restore after")
+    seed: int = Field(0, ge=0)
+
+
 class Config(_Section):
     """Every setting of the product."""
 
@@ -142,6 +160,7 @@ class Config(_Section):
     tuning: Tuning = Tuning()
     gate: Gate = Gate()
     evaluation: Evaluation = Evaluation()
+    profile: Profile = Profile()
 
     def override(self, values: Mapping[str, Mapping[str, Any]]) -> Config:
         """Returns a copy in which `values[section][name]` replace the settings; None leaves one as it is.
