@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-import time
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import results
@@ -20,6 +22,7 @@ from scipy.stats import spearmanr
 
 from edge_sdss import backends, config, readers
 from edge_sdss.lm import LanguageModel
+from edge_sdss.profiling.versus import versus
 
 VARIANTS = ("token", "centered", "spectral", "histogram")
 SETS = {
@@ -32,6 +35,17 @@ SETS = {
     "self_instruct": "self_instruct/seed_tasks.jsonl",
     "memorybank": "memorybank/memory_bank_en.json",
 }
+
+
+class Scored:
+    """The entropy of one dialogue after the other."""
+
+    def __init__(self, core: Any, embedded: Sequence[tuple[Any, Any]], variant: str) -> None:
+        self._entropy, self._next, self._variant = core.entropy, cycle(embedded), variant
+
+    def __call__(self) -> None:
+        """Scores the next one."""
+        self._entropy(*next(self._next), self._variant)
 
 
 def main() -> None:
@@ -51,22 +65,23 @@ def main() -> None:
         dialogues = list(readers.read(given.data / file))
         drawn = random.Random(0).sample(dialogues, min(given.dialogues, len(dialogues)))
         values: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-        seconds = dict.fromkeys(VARIANTS, 0.0)
+        embedded = []
         lengths = []
         for dialogue in drawn:
             rows = lm.token_embeddings(dialogue.text, config.Model().max_tokens).cpu().numpy()
             lengths.append(len(rows))
+            embedded.append((rows, np.array([0, len(rows)])))
             for variant in VARIANTS:
-                start = time.perf_counter()
-                values[variant].append(core.entropy(rows, np.array([0, len(rows)]), variant)[0])
-                seconds[variant] += time.perf_counter() - start
+                values[variant].append(core.entropy(*embedded[-1], variant)[0])
+        timed = {
+            variant: versus(Scored(core, embedded, variant), Scored(core, embedded, "token")) for variant in VARIANTS
+        }
         for variant in VARIANTS:
             rho = float(spearmanr(values[variant], lengths).statistic)
             facts = {
                 "standard deviation of EOE": (float(np.std(values[variant])), "1"),
                 "rank correlation with length": (rho, "1"),
                 "mean EOE": (float(np.mean(values[variant])), "1"),
-                "time": (seconds[variant] / len(drawn) * 1e6, "µs"),
             }
             print(
                 f"{name:22}{variant:10}",
@@ -76,6 +91,8 @@ def main() -> None:
             )
             common = {"bench": "eoe-variants", "case": f"{name}, {variant}", "n": len(drawn)}
             lines += [{**common, "metric": k, "value": v, "unit": u} for k, (v, u) in facts.items()]
+            case = common["case"]
+            lines.append(results.timed("eoe-variants", case, "time", timed[variant], "token", dialogues=len(drawn)))
     if not given.no_append:
         results.append(lines)
 

@@ -1,47 +1,33 @@
-"""How long `import edge_sdss` and the command line's `--help` take, beyond the bare interpreter."""
+"""How long a fresh interpreter takes to `import edge_sdss`, or the command line, against one that imports nothing."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import time
+from functools import partial
 
 import results
 
-REPEATS = 15
-BARE = "pass"
-CASES = {"import edge_sdss": "import edge_sdss", "import edge_sdss.cli": "import edge_sdss.cli"}
+from edge_sdss.profiling.versus import versus_many
+
+CASES = ("import edge_sdss", "import edge_sdss.cli")
 
 
-def seconds(program: str) -> float:
-    """Wall time of one fresh interpreter that runs the program."""
-    start = time.perf_counter()
+def run(program: str) -> None:
+    """One fresh interpreter that runs the program."""
     subprocess.run([sys.executable, "-c", program], check=True)
-    return time.perf_counter() - start
 
 
 def main() -> None:
-    """Takes the cases in turn, so that a slow spell of the machine falls on all of them."""
-    programs = {"bare": BARE, **CASES}
-    for program in programs.values():
-        seconds(program)  # the first run compiles and fills the file cache
-    times: dict[str, list[float]] = {case: [] for case in programs}
-    for _ in range(REPEATS):
-        for case, program in programs.items():
-            times[case].append(seconds(program))
+    """Each against the bare interpreter, in turn, so that a slow spell of the machine falls on both."""
     lines = []
     for case in CASES:
-        beyond = sorted(a - b for a, b in zip(times[case], times["bare"], strict=True))
-        # The 4th and 12th of 15 ordered values enclose the median with 96.5 % probability (binomial).
-        middle, lo, hi = beyond[REPEATS // 2], beyond[3], beyond[-4]
-        lines.append(
-            {
-                "bench": "import", "case": case, "metric": "median time", "value": 1e3 * middle, "unit": "ms",
-                "lo": 1e3 * lo, "hi": 1e3 * hi, "n": REPEATS,
-                "settings": {"python": sys.version.split()[0]},
-            }
-        )  # fmt: skip
-        print(f"{case}: {1e3 * middle:.1f} ms ({1e3 * lo:.1f} to {1e3 * hi:.1f}, n = {REPEATS})")
+        found = versus_many({case: partial(run, case), "bare": partial(run, "pass")})["bare"]
+        line = results.timed(
+            "import", case, "fresh interpreter", found, "bare interpreter", python=sys.version.split()[0]
+        )
+        print(f"{case}: {line['value']:.1f} {line['unit']}, {line['ratio']:.2f} times the bare interpreter's")
+        lines.append(line)
     results.append(lines)
 
 

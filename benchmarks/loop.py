@@ -19,6 +19,8 @@ from typing import Any
 import results
 
 from edge_sdss import report
+from edge_sdss.profiling import Meter
+from edge_sdss.profiling.window import Measurement
 
 STREAMS = {
     "memorybank": ("memorybank/memory_bank_en.json", []),
@@ -60,19 +62,25 @@ def lines(found: report.RunReport, case: str) -> Iterator[dict[str, Any]]:
         yield {**common, "metric": "peak of live tensors while tuning", "value": mib, "unit": "MiB"}
 
 
-def record(found: report.RunReport, case: str) -> None:
-    """Appends a run's figures under the commit that it ran at."""
-    results.append(lines(found, case), made_at=found.environment.commit)
+def record(found: report.RunReport, case: str, measured: Measurement | None = None) -> None:
+    """Appends a run's figures under the commit that it ran at, and its energy where a sensor told it."""
+    told = list(lines(found, case))
+    if measured is not None and measured.energy.total_j is not None:
+        scope = {"total_scope": measured.energy.scope}
+        energy = {"metric": "energy", "value": measured.energy.total_j, "unit": "J", "settings": scope}
+        told.append({"bench": "loop", "case": case, **energy})
+    results.append(told, made_at=found.environment.commit)
 
 
-def measured(arguments: list[str]) -> report.RunReport:
+def measured(arguments: list[str], meter: Meter) -> tuple[report.RunReport, Measurement]:
     """Runs the command line in a folder of its own; stops where it fails (1: the gate said no, still a result)."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "edge_sdss", *arguments, "--out", folder + "/out"]
-        code = subprocess.run(command, check=False).returncode
+        with meter.window("run") as window:
+            code = subprocess.run(command, check=False).returncode
         if code not in (0, 1):
             sys.exit(f"loop: {' '.join(arguments)} ended with code {code}")
-        return report.load(Path(folder) / "out" / "report.json")
+        return report.load(Path(folder) / "out" / "report.json"), window.result
 
 
 def main() -> None:
@@ -89,12 +97,16 @@ def main() -> None:
     for file, case in zip(given.report, given.case, strict=True):
         record(report.load(file), case)
     if given.data is not None:
-        record(measured(["demo"]), "demo")
+        runs = {"demo": ["demo"]}
         for case, (file, options) in STREAMS.items():
             stream = given.data / file
             if not stream.is_file():
                 sys.exit(f"loop: {stream} is not there; --data names the folder of the data sets")
-            record(measured(["run", "--stream", str(stream), *options]), case)
+            runs[case] = ["run", "--stream", str(stream), *options]
+        with Meter.auto() as meter:
+            for case, arguments in runs.items():
+                found, window = measured(arguments, meter)
+                record(found, case, window)
 
 
 if __name__ == "__main__":

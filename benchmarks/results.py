@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_sdss import device
+from edge_sdss.profiling.versus import Versus
 
 FOLDER = Path(__file__).resolve().parent / "results"
 REQUIRED = ("bench", "case", "metric", "value", "unit")
@@ -43,6 +44,26 @@ def append(lines: Iterable[Mapping[str, Any]], folder: Path = FOLDER, made_at: s
         fcntl.flock(stream, fcntl.LOCK_EX)  # released when the file is closed
         stream.write(text)
     return file
+
+
+def timed(bench: str, case: str, metric: str, found: Versus, peer: str, **settings: Any) -> dict[str, Any]:
+    """A line from the harness's ABBA runs: seconds a call with their 95 % interval, and the ratio to the peer."""
+    ours = found.ours
+    scale, unit = next((s, u) for s, u in ((1e6, "µs"), (1e3, "ms"), (1.0, "s")) if ours.median * s < 1e3 or s == 1.0)
+    bounds = {name: None if value is None else value * scale for name, value in (("lo", ours.lo), ("hi", ours.hi))}
+    ratio = {"ratio_lo": round(found.lo, 4), "ratio_hi": round(found.hi, 4), "blocks": found.n}
+    return {
+        "bench": bench,
+        "case": case,
+        "metric": metric,
+        "value": ours.median * scale,
+        "unit": unit,
+        **bounds,
+        "n": ours.n,
+        "peer": peer,
+        "ratio": round(found.ratio, 4),
+        "settings": {**settings, **ratio},
+    }
 
 
 def validated(line: Mapping[str, Any]) -> dict[str, Any]:

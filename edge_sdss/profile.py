@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -87,8 +88,14 @@ def describe(tree: Tree) -> schema.Device:
         l4t=jetson.l4t if jetson else None,
         jetpack=jetson.jetpack if jetson else None,
         emulated=device.emulated() is not None,
-        replayed=tree.recorded,
+        replayed=tree.recorded or _foreign(tree),
     )
+
+
+def _foreign(tree: Tree) -> bool:
+    """Whether the tree is another machine's than the one that computes: a board's, below an x86 processor."""
+    board = tree.exists("proc/device-tree/model") or tree.exists("sys/firmware/devicetree/base/model")
+    return board and platform.machine() in ("x86_64", "AMD64")
 
 
 def _model(lm: LanguageModel) -> schema.Model:

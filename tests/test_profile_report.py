@@ -8,7 +8,6 @@ import math
 import os
 import random
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import browser
 import profiles
 import pytest
 from hypothesis import given
@@ -546,25 +546,16 @@ def test_a_sample_of_zero_seconds_and_equal_samples_can_be_drawn(report: schema.
     assert plots.ecdf(changed(report, cases=[case]).cases[0], 1)
 
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH: the page is not opened in a browser")
+@browser.needed
 @pytest.mark.parametrize("power", [True, False])
 def test_a_browser_opens_the_page_without_a_word_and_shows_every_plot(
     report, rendered, unpowered, tmp_path, power
 ) -> None:
     report = report if power else unpowered
     (tmp_path / "report.html").write_text(rendered if power else html.render(report), encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
-    flags += [f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom"]
-    command = [CHROMIUM, *flags, (tmp_path / "report.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "CONSOLE" not in done.stderr
-    shown = Outline(done.stdout)
+    page, console = browser.opened(tmp_path / "report.html", tmp_path)
+    assert console == []
+    shown = Outline(page)
     labels = {a.get("aria-label") or "" for tag, a in shown.tags if tag == "svg" and a.get("role") == "img"}
     assert len(labels) == 4 + 2 * power + 2 * len(report.cases)
     for kind in TIME_PLOTS[not power :]:

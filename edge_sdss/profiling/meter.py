@@ -11,6 +11,7 @@ only `trace` gives them relative to `origin_s`, as the records do.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdss import sensors as sensing
+from edge_sdss.errors import SensorUnavailable
 from edge_sdss.profiling import schema
 from edge_sdss.profiling.energy import Integral, counter, integrate, over, together
 from edge_sdss.profiling.sampler import Sampler
@@ -82,12 +84,18 @@ class Meter:
     ) -> Meter:
         """Opens every sensor that works here, or those in `wanted`.
 
+        What runs is this process, also where the tree is another machine's: its memory is always read here.
         Raises SensorUnavailable where one in `wanted` cannot be read.
         """
         found = sensing.discover(tree, clock, wanted)
+        opened, unavailable = list(found.sensors), dict(found.unavailable)
+        if "process" in unavailable:
+            with contextlib.suppress(SensorUnavailable):
+                opened += sensing.discover(Tree(), clock, ["process"]).sensors
+                del unavailable["process"]
         return cls(
-            found.sensors,
-            unavailable=found.unavailable,
+            opened,
+            unavailable=unavailable,
             interval_s=interval_s,
             jitter=jitter,
             clock=clock,
