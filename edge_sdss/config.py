@@ -22,6 +22,8 @@ else:
 EoeVariant = Literal["token", "centered", "spectral", "histogram"]
 VectorType = Literal["int8", "float16", "float32"]
 TrainOn = Literal["accepted", "all"]
+Weights = Literal["as loaded", "float32", "bfloat16", "int8", "nf4"]
+TensorType = Literal["float32", "bfloat16"]
 
 
 class _Section(BaseModel):
@@ -94,21 +96,31 @@ class Synthesis(_Section):
 
 
 class Tuning(_Section):
-    """LoRA (Hu et al., arXiv 2106.09685) on all linear layers; loss on the response's tokens only."""
+    """LoRA (Hu et al., arXiv 2106.09685); loss on the response's tokens only."""
 
     interval: int = Field(800, ge=1, description="offers between rounds (paper: 800)")
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    epochs: int = Field(4, ge=1)
-    batch_size: int = Field(8, ge=1)
-    max_tokens: int = Field(512, ge=16)
+    rank: int = Field(8, ge=1, description="of the update of each weight")
+    alpha: float = Field(16, gt=0, description="the update is scaled by alpha / rank")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead (arXiv 2312.03732)")
+    dora: bool = Field(False, description="learn norms and directions apart (arXiv 2402.09353); takes more memory")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the update's input")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="names of the linears that are adapted, such as q_proj"
+    )
+    top_layers: int | None = Field(None, ge=1, description="adapt so many layers, from the last one down; None: all")
+    weights: Weights = Field("as loaded", description="how the frozen weights are held; int8 and nf4: the linears'")
+    compute_dtype: TensorType = Field("bfloat16", description="activations and the other weights, with int8 and nf4")
+    adapter_dtype: TensorType = Field("float32", description="of the adapter's weights")
+    checkpointing: Literal["auto", "on", "off"] = Field("auto", description="recompute layers in the backward")
+    learning_rate: float = Field(1e-3, gt=0, description="the highest, after the warm-up")
+    epochs: int = Field(4, ge=1, description="how often each example is seen")
+    batch_size: int = Field(8, ge=1, description="examples of a step")
+    max_tokens: int = Field(512, ge=16, description="a longer example is cut")
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps")
-    clip: float = Field(1.0, gt=0)
+    clip: float = Field(1.0, gt=0, description="largest norm of a step's gradient")
     loss_chunk: int = Field(128, ge=1, description="answer tokens whose logits exist at a time")
     checkpoint_every: int = Field(10, ge=1, description="steps")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of the first weights, the order of examples and the dropout")
 
 
 class Gate(_Section):

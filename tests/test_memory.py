@@ -22,6 +22,10 @@ def touched(mib: int) -> np.ndarray:
     return np.ones(mib * MIB // 8)
 
 
+def touched_kib(kib: int) -> np.ndarray:
+    return np.ones(kib * 128)
+
+
 def plant(root: Path, files: dict[str, str]) -> Tree:
     for path, held in files.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -245,3 +249,16 @@ def test_without_proc_the_figures_are_those_of_the_system(monkeypatch: pytest.Mo
     rss, uss = memory._portable()
     assert rss == pytest.approx(psutil.Process().memory_info().rss, rel=0.1)
     assert uss is None or uss <= rss
+
+
+@linux
+def test_what_was_freed_is_given_back() -> None:
+    """Small blocks stay with the allocator while a later one is alive, and would count as the next window's."""
+    blocks = [touched_kib(64) for _ in range(1_600)]
+    with Watch() as before:
+        pass
+    del blocks[:-1]
+    memory.release()
+    with Watch() as after:
+        pass
+    assert before.result.rss_bytes - after.result.rss_bytes > 80 * MIB

@@ -320,9 +320,9 @@ def test_model_is_left_as_found_when_interrupted(lm: LanguageModel, tmp_path: Pa
 def test_model_is_left_as_found_when_interrupted_while_layers_go_in(
     lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peft.tuners.lora import LoraModel
+    from edge_sdss.tuning import adapter
 
-    before, plain, calls = snapshot(lm), LoraModel._replace_module, 0
+    before, plain, calls = snapshot(lm), adapter._replace, 0
 
     def half(*arguments: Any) -> None:
         nonlocal calls
@@ -331,7 +331,7 @@ def test_model_is_left_as_found_when_interrupted_while_layers_go_in(
             raise KeyboardInterrupt
         plain(*arguments)
 
-    monkeypatch.setattr(LoraModel, "_replace_module", half)
+    monkeypatch.setattr(adapter, "_replace", half)
     with pytest.raises(KeyboardInterrupt):
         train(lm, EXAMPLES, SETTINGS, tmp_path / "a")
     assert_as_before(lm, before, None)

@@ -32,8 +32,8 @@ def open(subject: Subject) -> Iterator[Callable[[], Repetition]]:
     picked = subject.dialogues[: chosen.batch_size]
     encoded = [lm.encode(Example(d.messages, d.preferred or d.response), chosen.max_tokens) for d in picked]
     chosen = chosen.model_copy(update={"epochs": _STEPS})
-    with torch.random.fork_rng(), adapter.trainable(lm, chosen, None) as model:
-        run = Optimisation(model, adapter.head(model.get_base_model()), encoded, chosen)
+    with torch.random.fork_rng(), adapter.trainable(lm, chosen, None) as adapted:
+        run = Optimisation(adapted, encoded, chosen)
         run.advance()
         run.advance()  # the second one measures its tensors and is slower
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from edge_sdss import config
 from edge_sdss.errors import InputError, message
 from edge_sdss.profiling import schema, state, statistics
-from edge_sdss.profiling.memory import Watch
+from edge_sdss.profiling.memory import Watch, release
 from edge_sdss.profiling.meter import Meter
 from edge_sdss.tree import Tree
 from edge_sdss.types import Progress, no_progress
@@ -123,7 +123,7 @@ def _block(workload: Workload, plan: config.Profile, meter: Meter, order: int, f
     with workload.open() as repeat:
         for _ in range(0 if workload.repetitions == 1 else plan.warmups):
             repeat()
-        gc.collect()
+        release()
         start = meter.now()
         watch = Watch(available=lambda: meter.samples("process", "available", start, meter.now()))
         with watch, _without_collector(), meter.window(workload.name) as window:

@@ -32,6 +32,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 probabilities = logits.sub_(logsumexp).exp_()
                 probabilities.scatter_add_(1, index, torch.full_like(logsumexp, -1.0))
                 torch.mm(probabilities.to(weight.dtype), weight, out=gradient[part])
+                del probabilities  # the same memory as the logits: both names must go before the next chunk's
             del logits
         if gradient is not None:
             ctx.save_for_backward(gradient)

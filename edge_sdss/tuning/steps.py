@@ -10,13 +10,13 @@ import math
 import random
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
 from edge_sdss import config
 from edge_sdss.errors import ConfigError, message
 from edge_sdss.lm import Encoded
+from edge_sdss.tuning.adapter import Trainable
 from edge_sdss.tuning.loss import cross_entropy
 from edge_sdss.tuning.memory import PeakTensorBytes
 from edge_sdss.tuning.records import Step
@@ -50,19 +50,19 @@ def learning_rate(step: int, steps: int, settings: config.Tuning) -> float:
 
 
 class Optimisation:
-    """A round in progress. `model` is a PeftModel, `weight` the head [V, H] of the model that it wraps."""
+    """A round in progress."""
 
-    def __init__(self, model: Any, weight: torch.Tensor, encoded: Sequence[Encoded], settings: config.Tuning):
+    def __init__(self, adapted: Trainable, encoded: Sequence[Encoded], settings: config.Tuning):
         self._settings = settings
-        self._weight = weight
+        self._weight = adapted.head
         self._encoded = encoded
-        self._backbone = model.get_base_model().base_model
-        self._model = model.train()
+        self._backbone = adapted.backbone
+        self._frozen = adapted.frozen
         lengths = [len(example.ids) for example in encoded]
         epochs = range(settings.epochs)
         self._plan = [rows for e in epochs for rows in batches(lengths, settings.batch_size, settings.seed, e)]
         self._measured = _largest(self._plan, lengths)
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = adapted.parameters
         self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=0.0, weight_decay=0.0, fused=True)
         self.peak_tensor_bytes = 0
         self.done: list[Step] = []
@@ -84,7 +84,7 @@ class Optimisation:
             self._step(number)
             return
         state = [tensor for each in self._optimizer.state.values() for tensor in each.values()]
-        alive = [*self._model.parameters(), *self._model.buffers(), *state]
+        alive = [*self._frozen, *self._parameters.values(), *state]
         with PeakTensorBytes(alive, self._weight.device) as memory:
             self._step(number)
         self.peak_tensor_bytes = memory.peak
@@ -141,8 +141,12 @@ class Optimisation:
         # Nothing is masked: padding is on the right and attention causal, so no answer sees it. Saying so
         # with ones, not None, spares transformers building a mask.
         ones = torch.ones_like(ids)
-        hidden = self._backbone(input_ids=ids, attention_mask=ones, use_cache=False).last_hidden_state
-        answers = hidden.flatten(0, 1).index_select(0, predicts)
+        # No name for the states of all tokens: they go as soon as the answers' are picked.
+        answers = (
+            self._backbone(input_ids=ids, attention_mask=ones, use_cache=False)
+            .last_hidden_state.flatten(0, 1)
+            .index_select(0, predicts)
+        )
         return cross_entropy(answers, self._weight, targets, chunk=self._settings.loss_chunk) / len(targets)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_sdss import config
-from edge_sdss.errors import InputError, message
+from edge_sdss.errors import ConfigError, InputError, message
 from edge_sdss.files import sha256
 from edge_sdss.lm import CARD
 from edge_sdss.tuning import adapter
@@ -54,6 +54,9 @@ def train(
     if not examples:
         raise InputError(message("tune the model", "no example", "annotate some dialogues first"))
     key = _key(lm, examples, settings, start)
+    if settings.weights != "as loaded":
+        found = "only the trainer's own process may replace the model's weights, and it is not there yet"
+        raise ConfigError(message(f"set tuning.weights to {settings.weights}", found, "leave it as loaded"))
     checkpoints = Checkpoints(out.with_name(f"{out.name}.checkpoint"), key)
     if replace and out.exists() and _card(out).get("key") != key:
         shutil.rmtree(out)
@@ -91,8 +94,8 @@ def _run(
 
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        with adapter.trainable(lm, settings, start) as model:
-            run = Optimisation(model, adapter.head(model.get_base_model()), encoded, settings)
+        with adapter.trainable(lm, settings, start) as adapted:
+            run = Optimisation(adapted, encoded, settings)
             _resume(run, checkpoints)
             progress("tune", len(run.done), run.steps)
             while len(run.done) < run.steps:
@@ -101,7 +104,7 @@ def _run(
                 if len(run.done) % settings.checkpoint_every == 0 and len(run.done) < run.steps:
                     checkpoints.write(_state(run))
             partial = fresh(out.with_name(f".{out.name}.partial"))
-            adapter.write(model, partial, lm.name)
+            adapter.write(adapted, partial, lm.name)
     facts = {**card, **_measured(run), "sha256": sha256(partial / adapter.WEIGHTS)}
     (partial / CARD).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     publish(partial, out)
