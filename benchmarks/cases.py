@@ -31,10 +31,13 @@ def lines(report: schema.Report) -> Iterator[dict[str, Any]]:
         if report.model:
             facts |= {"model": report.model.name, "dtype": report.model.dtype, "backend": report.model.backend}
         common = {"bench": "profile", "case": case.test, "settings": facts, "emulated": report.device.emulated}
+        mirrored = {"time": "rate", "rate": "time"}.get(case.primary)  # the same figure the other way round
         for name, found in case.metrics.items():
-            scale, unit = (1e3, "ms") if found.unit == "s" else (1.0, found.unit)
+            if name == mirrored:
+                continue
+            scale, unit = _scale(found)
             interval = {"lo": _times(found.lo, scale), "hi": _times(found.hi, scale), "n": found.n}
-            metric = {"time": f"time per {case.item}", "rate": "rate"}.get(name, name.replace("_", " "))
+            metric = f"time per {case.item}" if name == "time" else name.replace("_", " ")
             yield {**common, "metric": metric, "value": found.median * scale, "unit": unit, **interval}
         if case.energy.per_item_j is not None:
             interval = {"lo": case.energy.per_item_lo, "hi": case.energy.per_item_hi, "n": len(case.runs)}
@@ -42,6 +45,12 @@ def lines(report: schema.Report) -> Iterator[dict[str, Any]]:
         if case.memory.peak_rss_bytes is not None:
             peak = case.memory.peak_rss_bytes / 2**20
             yield {**common, "metric": "peak RSS", "value": peak, "unit": "MiB", "n": len(case.runs)}
+
+
+def _scale(found: schema.Summary) -> tuple[float, str]:
+    if found.unit != "s":
+        return 1.0, found.unit
+    return next((k, unit) for k, unit in ((1e6, "µs"), (1e3, "ms"), (1.0, "s")) if found.median * k < 1e3 or k == 1.0)
 
 
 def _times(value: float | None, scale: float) -> float | None:

@@ -71,7 +71,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     interval = f"{number(row['lo'])} to {number(row['hi'])}" if row["lo"] is not None else ""
     peer = f"{row['peer']} (× {number(row['ratio'])})" if row["peer"] else ""
     device = row["device"] + (" (emulated)" if row["emulated"] else "")
-    value = f"{number(row['value'])} {row['unit']}".strip()
+    value = f"{number(row['value'])} {row['unit'] if row['unit'] != '1' else ''}".strip()
     cells = [row["case"], row["metric"], value, interval, number(row["n"]), peer, device, row["commit"]]
     return [cell.replace("|", "\\|") for cell in cells]
 
