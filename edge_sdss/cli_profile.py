@@ -144,7 +144,7 @@ def compare(
         console.emit(found.model_dump(mode="json"), True)
     else:
         columns, rows = comparing.table(found)
-        console.table(f"{b} against {a}", columns, rows)
+        console.table(f"{b} against {a}", columns, rows, whole=("test", "verdict"))
         for line in comparing.why(found):
             console.note(line)
     if limit is not None and (code := comparing.exit_code(found)):

@@ -73,10 +73,12 @@ def emit(document: Mapping[str, Any], as_json: bool, title: str = "") -> None:
     out.print(grid)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Prints a table; texts of users are never read as markup."""
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], whole: Sequence[str] = ()) -> None:
+    """Prints a table; texts of users are never read as markup. The columns `whole` are never cut."""
     _quiet()
-    found = Table(*columns, title=title, title_justify="left", show_lines=False)
+    found = Table(title=title, title_justify="left", show_lines=False)
+    for name in columns:
+        found.add_column(name, no_wrap=name in whole, overflow="fold")
     for row in rows:
         found.add_row(*(Text(str(cell)) for cell in row))
     out.print(found)
