@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import click
 import typer
 
-from edge_sdss import __version__, cli_profile, console, options
+from edge_sdss import __version__, cli_plan, cli_profile, console, options
 from edge_sdss.errors import EdgeSdssError, InputError, message
 from edge_sdss.options import (
     Backend,
@@ -249,6 +249,9 @@ def synth(
 
 @app.command()
 def tune(
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="SIZE", help="Budget, as 700MiB; trains in its own process.")
+    ] = None,
     train_on: TrainOn = None,
     model: Model = None,
     home: Home = None,
@@ -258,9 +261,13 @@ def tune(
 ) -> None:
     """Run a round: missing variants, LoRA, the gate; activate the adapter if it passes. Exit 1 if not.
 
-    Example: edge-sdss tune --set tuning.epochs=2
+    With --memory the fastest way that fits is planned, see `edge-sdss plan`; where memory is taken away all the
+    same, the step is done again with less. Examples: edge-sdss tune --set tuning.epochs=2; edge-sdss tune
+    --memory 700MiB --set tuning.weights=nf4
     """
-    flags = {"model": {"name": model}, "review": {"train_on": train_on}}
+    budget = options.size(memory) if memory else None
+    flags: dict[str, dict[str, object]] = {"model": {"name": model}, "review": {"train_on": train_on}}
+    flags["tuning"] = {"memory": budget}
     with options.session(home, options.settings(settings_file, set_, flags)) as session:
         adapted = session.adapt()
         tuned, verdict = adapted.tuned, adapted.verdict
@@ -364,7 +371,7 @@ def rollback(home: Home = None, settings_file: Settings = None, json_: Json = Fa
         console.emit({"active_round": number, "adapter": str(session.active_adapter) if number else None}, json_)
 
 
-for _verb in (cli_profile.profile, cli_profile.compare, cli_profile.doctor):
+for _verb in (cli_plan.plan, cli_profile.profile, cli_profile.compare, cli_profile.doctor):
     app.command()(_verb)
 
 

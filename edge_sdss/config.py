@@ -119,6 +119,9 @@ class Tuning(_Section):
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps")
     clip: float = Field(1.0, gt=0, description="largest norm of a step's gradient")
     loss_chunk: int = Field(128, ge=1, description="answer tokens whose logits exist at a time")
+    memory: int | None = Field(None, ge=1, description="bytes for training, in a process of its own; None: no limit")
+    reserve: int = Field(64 << 20, ge=0, description="bytes that stay free on the machine, with a limit of memory")
+    max_celsius: float | None = Field(None, description="rest or pause near this heat; None: never")
     checkpoint_every: int = Field(10, ge=1, description="steps")
     seed: int = Field(0, ge=0, description="of the first weights, the order of examples and the dropout")
 

@@ -95,6 +95,15 @@ def note(text: str) -> None:
     err.print(Text(text), soft_wrap=True)
 
 
+def event(told: Mapping[str, Any]) -> None:
+    """Says what a round in its own process gave up, or was told, on stderr."""
+    if "stepped_down" in told:
+        given = told["stepped_down"]
+        note(f"Out of memory at step {given['step']} ({given['why']}): going on with {given['words']}.")
+    elif "note" in told:
+        note(told["note"])
+
+
 def decision(made: types.Decision) -> dict[str, Any]:
     """A decision as a document."""
     evicted = list(made.evicted.values())

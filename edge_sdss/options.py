@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,6 +88,19 @@ def share(text: str) -> float:
     return found
 
 
+def size(text: str) -> int:
+    """Bytes from a text such as 700MiB, 1.5GB or 4096. Raises InputError for anything else, and below 1."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) *(?:([kmgt])(i?)b?|b)?", text.strip(), re.IGNORECASE)
+    count = 0
+    if found:
+        number, prefix, binary = found.groups()
+        power = " kmgt".index(prefix.lower()) if prefix else 0
+        count = int(float(number) * (1024 if binary else 1000) ** power)
+    if count < 1:
+        raise InputError(message(f"read {text!r}", "no size", "write 700MiB, 1.5GB or a number of bytes"))
+    return count
+
+
 def fresh(path: Path) -> Path:
     """A path of ours, without what an earlier call left there."""
     path.unlink(missing_ok=True)
@@ -98,7 +112,10 @@ def session(given: Path | None, found: Config) -> Iterator[Session]:
     """Opens the session of a home, with progress on the terminal."""
     from edge_sdss.session import Session
 
-    with console.progress() as progress, Session(home(given), found, progress=progress) as opened:
+    with (
+        console.progress() as progress,
+        Session(home(given), found, progress=progress, on_event=console.event) as opened,
+    ):
         yield opened
 
 

@@ -10,7 +10,7 @@ A home folder holds all that a session remembers:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -26,7 +26,7 @@ from edge_sdss.selection import Buffer, Selector
 from edge_sdss.selection.buffer import entry_bytes
 from edge_sdss.store import Round as StoredRound
 from edge_sdss.store import Store, lock, now
-from edge_sdss.tuning import trainer
+from edge_sdss.tuning import budgeted, outofmemory, trainer
 from edge_sdss.types import (
     Annotation,
     Decision,
@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 class Session:
     """One user's model, buffer and adapters. Use as a context manager: it holds the home's lock.
 
-    The model is loaded when first needed: reviewing, forgetting and rolling back do without it.
+    The model is loaded when first needed: reviewing, forgetting and rolling back do without it. Tuning within a
+    limit of memory or heat, or with weights in other types, is done in a process of its own, for which the model
+    is let go and loaded again later; one that was given as `lm`, which must be that of the settings, stays.
     """
 
     def __init__(
@@ -54,11 +56,16 @@ class Session:
         *,
         lm: LanguageModel | None = None,
         progress: Progress = no_progress,
+        on_event: Callable[[dict[str, Any]], None] = lambda event: None,
     ) -> None:
-        """Raises InputError where another process holds the home, ConfigError where its file is no store."""
+        """A round that is tuned in a process of its own tells `on_event` how it goes, see `tuning.budgeted`.
+
+        Raises InputError where another process holds the home, ConfigError where its file is no store.
+        """
         self.home = home
         self.settings = settings
         self.progress = progress
+        self.on_event = on_event
         self.unusable: list[str] = []  # dialogues of a stream that the model could not embed, and why
         self._given = lm
         with ExitStack() as stack:
@@ -257,17 +264,26 @@ class Session:
         if not originals:
             do = "review some dialogues first, or pass --train-on all"
             raise InputError(message("tune the model", "no annotated dialogue to train on", do))
+        chosen, learnt = self.settings.tuning, [*originals, *written]
+        options: dict[str, Any] = {
+            "start": self._adapter(stored.start),
+            "replace": True,  # a running round's adapter was never active
+            "card": {"round": stored.number, "dialogues": len(originals), "variants": len(written)},
+            "progress": self.progress,
+        }
         out = self.adapter_folder(stored.number)
-        return trainer.train(
-            self.lm,
-            [*originals, *written],
-            self.settings.tuning,
-            out,
-            start=self._adapter(stored.start),
-            replace=True,  # a running round's adapter was never active
-            card={"round": stored.number, "dialogues": len(originals), "variants": len(written)},
-            progress=self.progress,
-        )
+        if chosen.memory is None and chosen.max_celsius is None and chosen.weights == "as loaded":
+            return trainer.train(self.lm, learnt, chosen, out, **options)
+        self._free_model()
+        fit = budgeted.planned(self.settings.model, chosen, chosen.memory) if chosen.memory else None
+        options |= {"budget_bytes": chosen.memory, "fit": fit, "on_event": self.on_event}
+        return budgeted.train(self.settings.model, learnt, chosen, out, **options)
+
+    def _free_model(self) -> None:
+        """Gives the model's memory to others until it is needed again; one that was given stays where it is."""
+        if self._given is None:
+            self.__dict__.pop("lm", None)
+            outofmemory.free()
 
     def _judge(self, stored: StoredRound, tuned: trainer.Round) -> tuple[gate.Verdict, float, float]:
         """Personal loss against the adapter it started from, general loss against the base model."""

@@ -23,6 +23,7 @@ from edge_sdss import config
 from edge_sdss.errors import ConfigError, InputError
 from edge_sdss.files import sha256
 from edge_sdss.lm import LanguageModel
+from edge_sdss.tuning import adapter as injection
 from edge_sdss.tuning.checkpoint import Checkpoints, State
 from edge_sdss.tuning.loss import cross_entropy
 from edge_sdss.tuning.memory import PeakTensorBytes
@@ -320,9 +321,7 @@ def test_model_is_left_as_found_when_interrupted(lm: LanguageModel, tmp_path: Pa
 def test_model_is_left_as_found_when_interrupted_while_layers_go_in(
     lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edge_sdss.tuning import adapter
-
-    before, plain, calls = snapshot(lm), adapter._replace, 0
+    before, plain, calls = snapshot(lm), injection._replace, 0
 
     def half(*arguments: Any) -> None:
         nonlocal calls
@@ -331,7 +330,7 @@ def test_model_is_left_as_found_when_interrupted_while_layers_go_in(
             raise KeyboardInterrupt
         plain(*arguments)
 
-    monkeypatch.setattr(adapter, "_replace", half)
+    monkeypatch.setattr(injection, "_replace", half)
     with pytest.raises(KeyboardInterrupt):
         train(lm, EXAMPLES, SETTINGS, tmp_path / "a")
     assert_as_before(lm, before, None)

@@ -5,7 +5,7 @@ Knows nothing of data, losses or optimizers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from edge_sdss.lm import LanguageModel
     from edge_sdss.tuning.folder import Saved
+    from edge_sdss.tuning.layers.checkpointing import Checkpointed
     from edge_sdss.tuning.layers.lora import LoraLinear
 
 __all__ = ["CONFIG", "WEIGHTS", "Trainable", "head", "quantise", "trainable", "write"]
@@ -32,7 +33,8 @@ class Trainable:
     """A model while its adapter is trained.
 
     `backbone` returns the last hidden states [B, S, H], `head` is the output layer's weight [V, H]. `layers`
-    are the adapted linears by their path in `model`; `lowest` is the first decoder layer that has one.
+    are the adapted linears by their path in `model`; `lowest` is the first decoder layer that has one. `switches`
+    are the decoder layers from there on, each with the forward of its own that it may have had and a checkpoint.
     """
 
     model: nn.Module
@@ -41,6 +43,12 @@ class Trainable:
     layers: Mapping[str, LoraLinear]
     lora: Lora
     lowest: int
+    switches: Sequence[tuple[nn.Module, Callable[..., Any] | None, Checkpointed]]
+
+    def checkpointing(self, on: bool) -> None:
+        """Has layers recomputed in the backward from the next forward on, or not. Changes no bit of a gradient."""
+        for layer, plain, checkpointed in self.switches:
+            _set_forward(layer, checkpointed if on else plain)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -135,11 +143,11 @@ def _inject(model: Any, settings: config.Tuning, start: Saved | None, undo: Exit
         adapted[path] = LoraLinear(frozen, bias, lora, getattr(torch, settings.adapter_dtype))
         _replace(model, path, adapted[path], undo)
     lowest = min(_number(path, _path(model, layers)) for path in paths)
-    found = Trainable(model, model.get_decoder(), weight, adapted, lora, lowest)
+    switches = [_switch(layer, undo) for layer in layers[lowest:]]
+    found = Trainable(model, model.get_decoder(), weight, adapted, lora, lowest, switches)
     if start is not None:
         start.copy_into(found.parameters)
-    if settings.checkpointing == "on":
-        _checkpoint(layers[lowest:], undo)
+    found.checkpointing(settings.checkpointing == "on")
     model.train()
     return found
 
@@ -175,15 +183,15 @@ def _replace_norms(model: Any, undo: ExitStack) -> None:
             _replace(decoder, path, found, undo)
 
 
-def _checkpoint(layers: Any, undo: ExitStack) -> None:
+def _switch(layer: nn.Module, undo: ExitStack) -> tuple[nn.Module, Callable[..., Any] | None, Checkpointed]:
     from edge_sdss.tuning.layers.checkpointing import Checkpointed
 
-    for layer in layers:
-        undo.callback(_restore_forward, layer, vars(layer).get("forward"))
-        layer.forward = Checkpointed(layer)
+    plain = vars(layer).get("forward")
+    undo.callback(_set_forward, layer, plain)
+    return layer, plain, Checkpointed(layer)
 
 
-def _restore_forward(layer: nn.Module, forward: Callable[..., Any] | None) -> None:
+def _set_forward(layer: nn.Module, forward: Callable[..., Any] | None) -> None:
     vars(layer).pop("forward", None)
     if forward is not None:
         vars(layer)["forward"] = forward

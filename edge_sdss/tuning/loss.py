@@ -25,12 +25,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             logits = (hidden[part] @ weight.T).float()
             index = targets[part, None]
-            logsumexp = logits.logsumexp(-1, keepdim=True)
-            total += (logsumexp - logits.gather(1, index)).sum()
+            # All in place: torch's own logsumexp makes a copy of the chunk.
+            logits.sub_(logits.amax(-1, keepdim=True))
+            right = logits.gather(1, index)
+            sums = logits.exp_().sum(-1, keepdim=True)
+            total += (sums.log() - right).sum()
             if gradient is not None:
                 # d loss / d logits = softmax - onehot, written over the logits.
-                probabilities = logits.sub_(logsumexp).exp_()
-                probabilities.scatter_add_(1, index, torch.full_like(logsumexp, -1.0))
+                probabilities = logits.div_(sums)
+                probabilities.scatter_add_(1, index, torch.full_like(sums, -1.0))
                 torch.mm(probabilities.to(weight.dtype), weight, out=gradient[part])
                 del probabilities  # the same memory as the logits: both names must go before the next chunk's
             del logits

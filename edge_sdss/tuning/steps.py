@@ -1,7 +1,8 @@
 """The optimisation itself: which examples make a step, its learning rate, its loss, its update.
 
-Everything a step does is a function of the settings and its number, so a run resumes at any step.
-Knows nothing of files.
+Everything a step does is a function of the settings, its number and its fit, so a run resumes at any step; and
+the fit, as long as it cuts no sequence, changes rounding only. Knows nothing of files, nor of what to do when
+memory runs out.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -17,6 +18,7 @@ from edge_sdss import config
 from edge_sdss.errors import ConfigError, message
 from edge_sdss.lm import Encoded
 from edge_sdss.tuning.adapter import Trainable
+from edge_sdss.tuning.fit import Fit
 from edge_sdss.tuning.loss import cross_entropy
 from edge_sdss.tuning.memory import PeakTensorBytes
 from edge_sdss.tuning.records import Step
@@ -50,22 +52,41 @@ def learning_rate(step: int, steps: int, settings: config.Tuning) -> float:
 
 
 class Optimisation:
-    """A round in progress."""
+    """A round in progress.
 
-    def __init__(self, adapted: Trainable, encoded: Sequence[Encoded], settings: config.Tuning):
+    `check` is called before each micro-batch, at each adapted linear and at each gradient; what it raises comes
+    out of `advance`. After any error there, `torn` says whether it fell into the update, so that the weights may
+    be half new: then only `restore` helps. Else they are those after the steps `done`, and `discard` makes the
+    step ready to be done again.
+    """
+
+    def __init__(
+        self,
+        adapted: Trainable,
+        encoded: Sequence[Encoded],
+        settings: config.Tuning,
+        check: Callable[[], None] | None = None,
+    ):
         self._settings = settings
+        self._adapted = adapted
         self._weight = adapted.head
         self._encoded = encoded
-        self._backbone = adapted.backbone
         self._frozen = adapted.frozen
+        self._check = check
         lengths = [len(example.ids) for example in encoded]
         epochs = range(settings.epochs)
         self._plan = [rows for e in epochs for rows in batches(lengths, settings.batch_size, settings.seed, e)]
         self._measured = _largest(self._plan, lengths)
         self._parameters = adapted.parameters
         self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=0.0, weight_decay=0.0, fused=True)
+        # Before the first step, so that it takes no less memory than the others.
+        for parameter in self._parameters.values():
+            self._set_moments(parameter, torch.zeros_like(parameter), torch.zeros_like(parameter), 0)
+        if check is not None:
+            self._interrupt_with(check)
         self.peak_tensor_bytes = 0
         self.done: list[Step] = []
+        self.torn = False
 
     @property
     def steps(self) -> int:
@@ -77,17 +98,34 @@ class Optimisation:
         """Numbers that are learnt."""
         return sum(parameter.numel() for parameter in self._parameters.values())
 
-    def advance(self) -> None:
-        """Does the next step. Raises ConfigError where the loss or its gradient is not finite."""
-        number = len(self.done)
+    def advance(self, fit: Fit | None = None) -> None:
+        """Does the next step, by default with the fit of the settings.
+
+        Its batch goes through the model in micro-batches, and every answer token of the batch weighs the same.
+        Sequences are as they were given here, or to `shorten`; `fit.max_tokens` is not looked at.
+        Raises ConfigError where the loss or its gradient is not finite.
+        """
+        number, fit = len(self.done), fit or Fit.of(self._settings)
+        self._adapted.checkpointing(fit.checkpointing)
         if number != self._measured:
-            self._step(number)
+            self._step(number, fit)
             return
         state = [tensor for each in self._optimizer.state.values() for tensor in each.values()]
         alive = [*self._frozen, *self._parameters.values(), *state]
         with PeakTensorBytes(alive, self._weight.device) as memory:
-            self._step(number)
+            self._step(number, fit)
         self.peak_tensor_bytes = memory.peak
+
+    def discard(self) -> None:
+        """Drops the gradients of a step that was not finished, and what autograd keeps of it."""
+        self._optimizer.zero_grad(set_to_none=True)
+        # After an error, the nodes that were ready wait in the engine's queue, with all below them, for the next
+        # backward to drop them.
+        torch.zeros((), device=self._weight.device, requires_grad=True).backward()
+
+    def shorten(self, encoded: Sequence[Encoded]) -> None:
+        """From now on takes these instead, the same examples with fewer tokens; which make a step, stays."""
+        self._encoded = encoded
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns the adapter's weights and the optimizer's moments, by name."""
@@ -103,34 +141,58 @@ class Optimisation:
         self.done = list(done)
         self.peak_tensor_bytes = peak_tensor_bytes
         for name, parameter in self._parameters.items():
-            moments = [tensors[f"{which}.{name}"].to(parameter.device) for which in ("first", "second")]
-            self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(len(done)), device=parameter.device),
-                "exp_avg": moments[0],
-                "exp_avg_sq": moments[1],
-            }
+            first, second = (tensors[f"{which}.{name}"].to(parameter.device) for which in ("first", "second"))
+            self._set_moments(parameter, first, second, len(done))
             with torch.no_grad():
                 parameter.copy_(tensors[f"weight.{name}"])
+        self.torn = False
 
-    def _step(self, number: int) -> None:
+    def _set_moments(self, parameter: torch.Tensor, first: torch.Tensor, second: torch.Tensor, steps: int) -> None:
+        count = torch.tensor(float(steps), device=parameter.device)
+        self._optimizer.state[parameter] = {"step": count, "exp_avg": first, "exp_avg_sq": second}
+
+    def _interrupt_with(self, check: Callable[[], None]) -> None:
+        """A step may take a minute; its hooks go with the round's own layers."""
+        for layer in self._adapted.layers.values():
+            layer.register_forward_pre_hook(lambda _layer, _inputs: check())
+        for parameter in self._parameters.values():
+            parameter.register_post_accumulate_grad_hook(lambda _parameter: check())
+
+    def _step(self, number: int, fit: Fit) -> None:
         began = time.perf_counter()
-        torch.manual_seed(self._settings.seed * 1_000_003 + number)  # dropout, the same on a resumed run
+        # Dropout, the same on a resumed run: masks follow each other from micro-batch to micro-batch.
+        torch.manual_seed(self._settings.seed * 1_000_003 + number)
         rows = [self._encoded[index] for index in self._plan[number]]
         rate = learning_rate(number, self.steps, self._settings)
         self._optimizer.param_groups[0]["lr"] = rate
-        loss = self._loss(rows)
-        loss.backward()
+        loss = self._accumulate(rows, fit)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._settings.clip)
         if not torch.isfinite(loss + norm):
             found = f"the loss of step {number + 1} is {loss.item():.4g}, its gradient's norm {norm.item():.4g}"
             raise ConfigError(message("tune the model", found, "lower tuning.learning_rate"))
+        value, tokens = loss.item(), sum(len(row.ids) for row in rows)
+        self.torn = True
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        tokens = sum(len(row.ids) for row in rows)
-        self.done.append(Step(number + 1, loss.item(), rate, tokens, time.perf_counter() - began))
+        self.done.append(Step(number + 1, value, rate, tokens, time.perf_counter() - began))
+        self.torn = False
 
-    def _loss(self, rows: Sequence[Encoded]) -> torch.Tensor:
-        """Mean nats per answer token over the batch: every token weighs the same."""
+    def _accumulate(self, rows: Sequence[Encoded], fit: Fit) -> torch.Tensor:
+        """Adds up gradients, and returns the loss: mean nats per answer token over the batch."""
+        answers = sum(len(row.ids) - row.prompt_tokens for row in rows)
+        loss = torch.zeros((), device=self._weight.device)
+        # A batch is sorted by length, so its parts hold little padding.
+        for start in range(0, len(rows), fit.micro_batch):
+            if self._check is not None:
+                self._check()
+            part = self._loss(rows[start : start + fit.micro_batch], fit.loss_chunk) / answers
+            part.backward()
+            loss += part.detach()
+            del part
+        return loss
+
+    def _loss(self, rows: Sequence[Encoded], chunk: int) -> torch.Tensor:
+        """The sum over the answers' tokens, in nats."""
         device = self._weight.device
         width = max(len(row.ids) for row in rows)
         ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows], device=device)
@@ -143,14 +205,14 @@ class Optimisation:
         ones = torch.ones_like(ids)
         # No name for the states of all tokens: they go as soon as the answers' are picked.
         answers = (
-            self._backbone(input_ids=ids, attention_mask=ones, use_cache=False)
+            self._adapted.backbone(input_ids=ids, attention_mask=ones, use_cache=False)
             .last_hidden_state.flatten(0, 1)
             .index_select(0, predicts)
         )
-        return cross_entropy(answers, self._weight, targets, chunk=self._settings.loss_chunk) / len(targets)
+        return cross_entropy(answers, self._weight, targets, chunk=chunk)
 
 
 def _largest(plan: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
-    """The step with most tokens, padding counted, save the first: Adam has no state before it."""
+    """The step with most tokens, padding counted, save the first: in it, checkpoints learn what they can spare."""
     sizes = [len(rows) * max(lengths[index] for index in rows) for rows in plan]
     return max(range(1, len(plan)), key=sizes.__getitem__) if len(plan) > 1 else 0

@@ -10,24 +10,26 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_sdss import config
-from edge_sdss.errors import ConfigError, InputError, message
+from edge_sdss.errors import InputError, message
 from edge_sdss.files import sha256
 from edge_sdss.lm import CARD
 from edge_sdss.tuning import adapter
-from edge_sdss.tuning.checkpoint import Checkpoints, State, fresh, publish
+from edge_sdss.tuning.checkpoint import Checkpoints, publish
+from edge_sdss.tuning.course import Conditions, Course
 from edge_sdss.tuning.records import Round, Step
 from edge_sdss.types import Example, Progress, no_progress
 
 if TYPE_CHECKING:
-    from edge_sdss.lm import Encoded, LanguageModel
-    from edge_sdss.tuning.steps import Optimisation
+    from edge_sdss.lm import LanguageModel
 
-__all__ = ["Round", "Step", "train"]
+__all__ = ["Conditions", "Round", "Step", "load", "train"]
+
+_NO_EFFECT = {"interval", "checkpoint_every", "checkpointing", "loss_chunk", "memory", "reserve", "max_celsius"}
+"""Settings that change an adapter's weights not at all, or by rounding."""
 
 
 def train(
@@ -40,6 +42,7 @@ def train(
     card: Mapping[str, Any] = {},
     replace: bool = False,
     progress: Progress = no_progress,
+    conditions: Conditions | None = None,
 ) -> Round:
     """Trains an adapter on the answers of `examples` and writes it to the folder `out`.
 
@@ -47,16 +50,16 @@ def train(
     its own). `out` holds `adapter_config.json`, `adapter_model.safetensors` and the card `edge_sdss.json`,
     with `card` in it. Equal arguments on the same machine give equal weights, bit for bit, also where the
     process was killed on the way and `train` called again; where `out` is this very round, it is returned.
-    `lm` is left as it was found.
+    Where memory runs out, the step is done again with the next smaller fit, and a round never goes back up;
+    this changes rounding only, except that sequences are cut in the end, which the card says. `lm` is left
+    as it was found.
     Raises InputError without examples, or where `out` is something else and not to be replaced; ConfigError
-    where the loss is not finite.
+    where the loss is not finite; BudgetExceeded where the smallest fit takes too much memory, after a
+    checkpoint.
     """
     if not examples:
         raise InputError(message("tune the model", "no example", "annotate some dialogues first"))
     key = _key(lm, examples, settings, start)
-    if settings.weights != "as loaded":
-        found = "only the trainer's own process may replace the model's weights, and it is not there yet"
-        raise ConfigError(message(f"set tuning.weights to {settings.weights}", found, "leave it as loaded"))
     checkpoints = Checkpoints(out.with_name(f"{out.name}.checkpoint"), key)
     if replace and out.exists() and _card(out).get("key") != key:
         shutil.rmtree(out)
@@ -70,74 +73,25 @@ def train(
             "examples": len(examples),
             "settings": settings.model_dump(),
         }
-        encoded = [lm.encode(example, settings.max_tokens) for example in examples]
-        _run(lm, encoded, settings, out, start, known, checkpoints, progress)
+        partial = out.with_name(f".{out.name}.partial")
+        course = Course(lm, examples, settings, checkpoints, conditions or Conditions(), progress)
+        measured = course.run(start, partial)
+        facts = {**known, **measured, "sha256": sha256(partial / adapter.WEIGHTS)}
+        (partial / CARD).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        publish(partial, out)
     elif _card(out).get("key") != key:
         raise InputError(message(f"write an adapter to {out}", "something else is there", "name another folder"))
     checkpoints.remove()
     return load(out)
 
 
-def _run(
-    lm: LanguageModel,
-    encoded: Sequence[Encoded],
-    settings: config.Tuning,
-    out: Path,
-    start: Path | None,
-    card: Mapping[str, Any],
-    checkpoints: Checkpoints,
-    progress: Progress,
-) -> None:
-    import torch
-
-    from edge_sdss.tuning.steps import Optimisation
-
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        with adapter.trainable(lm, settings, start) as adapted:
-            run = Optimisation(adapted, encoded, settings)
-            _resume(run, checkpoints)
-            progress("tune", len(run.done), run.steps)
-            while len(run.done) < run.steps:
-                run.advance()
-                progress("tune", len(run.done), run.steps)
-                if len(run.done) % settings.checkpoint_every == 0 and len(run.done) < run.steps:
-                    checkpoints.write(_state(run))
-            partial = fresh(out.with_name(f".{out.name}.partial"))
-            adapter.write(adapted, partial, lm.name)
-    facts = {**card, **_measured(run), "sha256": sha256(partial / adapter.WEIGHTS)}
-    (partial / CARD).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    publish(partial, out)
-
-
-def _measured(run: Optimisation) -> dict[str, Any]:
-    return {
-        "tokens": sum(step.tokens for step in run.done),
-        "seconds": sum(step.seconds for step in run.done),
-        "trainable_parameters": run.trainable_parameters,
-        "peak_tensor_bytes": run.peak_tensor_bytes,
-        "losses": [asdict(step) for step in run.done],
-    }
-
-
-def _state(run: Optimisation) -> State:
-    record = {"done": [asdict(step) for step in run.done], "peak_tensor_bytes": run.peak_tensor_bytes}
-    return State(len(run.done), run.tensors(), record)
-
-
-def _resume(run: Optimisation, checkpoints: Checkpoints) -> None:
-    state = checkpoints.newest()
-    if state is not None:
-        done = [Step(**step) for step in state.record["done"]]
-        run.restore(state.tensors, done, state.record["peak_tensor_bytes"])
-
-
 def _key(lm: LanguageModel, examples: Sequence[Example], settings: config.Tuning, start: Path | None) -> str:
-    """The hash of all that the adapter's weights depend on."""
+    """The hash of all that the adapter's weights depend on; what changes rounding only is left out."""
+    settings = config.Tuning.model_validate(settings.model_dump())  # 16 and 16.0 are one
     content = {
         "base": lm.fingerprint,
         "start": None if start is None else _start(start),
-        "settings": settings.model_dump(exclude={"interval", "checkpoint_every"}),
+        "settings": settings.model_dump(exclude=_NO_EFFECT),
         "examples": [[[[t.role, t.text] for t in e.messages], e.answer] for e in examples],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

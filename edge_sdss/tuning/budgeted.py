@@ -1,0 +1,290 @@
+"""A round in a process of its own, within a budget of memory. The parent survives what becomes of the child.
+
+    parent   model and examples ──▶ child   load, quantise, watch, pace, train
+             ◀── loss, speed, peak, what was given up
+    the child died for memory, or by a SIGKILL that nobody owns up to ──▶ a new one, with the next smaller fit,
+                                                                         from the newest checkpoint
+
+The budget is of the child: RSS, on a GPU that works in main memory with what it has reserved there; on a GPU with
+memory of its own, what torch reserves on it. It is kept while training. Loading may pass it for a moment, and what
+it took is told apart. Knows nothing of what a step is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_sdss import config, default_model
+from edge_sdss.errors import BudgetExceeded, ConfigError, InputError, message
+from edge_sdss.lm import LanguageModel, loading
+from edge_sdss.tree import Tree
+from edge_sdss.tuning import adapter, outofmemory, pacing, planner, trainer
+from edge_sdss.tuning.ceiling import shares_memory, sizes
+from edge_sdss.tuning.fit import LEAST_CHUNK, Fit
+from edge_sdss.tuning.limit import WEIGHT_BITS, Setup, lower_limit
+from edge_sdss.tuning.records import Round
+from edge_sdss.tuning.shapes import architecture
+from edge_sdss.tuning.supervisor import Died, supervise
+from edge_sdss.tuning.watchdog import Watchdog, limit_cuda
+from edge_sdss.types import Example, Progress, Role, Turn, no_progress
+
+if TYPE_CHECKING:
+    from edge_sdss.tuning.child import Channel
+
+DEATHS = 12
+"""After so many the round is given up; its checkpoint stays."""
+
+LOADS = 3
+"""So often, in a row, loading is tried where nobody says why the process was ended."""
+
+_GLIBC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+"""Else glibc raises the size from which it gives freed memory back: 1364 MiB instead of 1038 were seen (135M, fp32)."""
+
+_RUNTIME_BYTES = 100 << 20  # no Python with torch takes less; the child knows better
+_MIB = 1 << 20
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+def train(
+    model: config.Model,
+    examples: Sequence[Example],
+    settings: config.Tuning,
+    out: Path,
+    *,
+    budget_bytes: int | None,
+    fit: Fit | None = None,
+    start: Path | None = None,
+    card: Mapping[str, Any] = {},
+    replace: bool = False,
+    progress: Progress = no_progress,
+    on_event: OnEvent = lambda event: None,
+) -> Round:
+    """Does what `trainer.train` does with the model, its weights held as `settings.weights` says, in a child.
+
+    `fit` is what to begin with, None for the plain one. Within `budget_bytes`, None for no budget. What the round
+    comes to is that of `trainer.train` with the same fits. Events, besides those of `trainer.Conditions`:
+    {"ready": {"resident_bytes", "load_peak_rss_bytes"}}, {"note": words}, and at the end {"peak_rss_bytes"}, which
+    is since it was ready. Ctrl-C is heeded after a checkpoint.
+    Raises BudgetExceeded at once where the budget is below the least that would do, or later where the smallest
+    fit is too large or the child died for it too often; supervisor.Died where it died of something else; and
+    what `trainer.train` raises.
+    """
+    folder = loading.find(model.name, progress)
+    if budget_bytes is not None:
+        _refuse_below(_least_bytes(folder, model, settings), _RUNTIME_BYTES, budget_bytes)
+    course = _Course(fit or Fit.of(settings), on_event)
+    payload = {
+        "model": model.model_dump(mode="json"),
+        "examples": [[[[t.role, t.text] for t in e.messages], e.answer, e.dialogue_id] for e in examples],
+        "settings": settings.model_dump(mode="json"),
+        "out": str(out),
+        "start": None if start is None else str(start),
+        "card": dict(card),
+        "replace": replace,
+        "budget_bytes": budget_bytes,
+    }
+    segments = outofmemory.expandable_segments(default_model.cache())
+    pinned = {name: value for name, value in _GLIBC.items() if name not in os.environ}
+    env = pinned | outofmemory.allocator_environment(segments, os.environ)
+    while True:
+        begin = {"fit": asdict(course.fit), "stepped_down": course.stepped_down}
+        try:
+            supervise(
+                "edge_sdss.tuning.budgeted:in_child",
+                {**payload, **begin},
+                progress=progress,
+                on_event=course.hear,
+                env=env,
+            )
+            return trainer.load(out)
+        except Died as died:
+            course.after(died, budget_bytes)
+
+
+class _Course:
+    """What the parent knows of the round, from what the child told it."""
+
+    def __init__(self, fit: Fit, on_event: OnEvent):
+        self.fit = fit
+        self.stepped_down: list[dict[str, Any]] = []
+        self._on_event = on_event
+        self._ready = False
+        self._deaths = self._loads = self._step = 0
+        self._why = ""
+
+    def hear(self, event: dict[str, Any]) -> None:
+        if "ready" in event:
+            self._ready, self._loads = True, 0
+        if "stepped_down" in event:
+            self.stepped_down.append(event["stepped_down"])
+            self.fit = Fit(**event["stepped_down"]["fit"])
+        self._step = event.get("step", {}).get("step", self._step)
+        self._why = event.get("note", self._why)
+        self._on_event(event)
+
+    def after(self, died: Died, budget_bytes: int | None) -> None:
+        """Makes ready for the next child; raises where another would be of no use."""
+        if not died.oom and died.signal != signal.SIGKILL:
+            raise died
+        was_ready, self._ready = self._ready, False
+        why, self._why = self._why or str(died), ""
+        self._deaths += 1
+        self._loads += not was_ready
+        if not was_ready and not died.oom and self._loads < LOADS:
+            return  # no smaller fit loads a model with less
+        smaller = self.fit.smaller() if was_ready else None
+        if smaller is None or self._deaths >= DEATHS:
+            asked = "tune the model" + ("" if budget_bytes is None else f" in {budget_bytes / _MIB:.0f} MiB")
+            when = f"with {self.fit.words}" if was_ready else "while the model was loaded"
+            found = f"the process was ended {when}, {why.rstrip('.')}"
+            do = "free or allow more memory and run it again, which goes on from the last checkpoint"
+            raise BudgetExceeded(message(asked, found, do)) from died
+        told = {"step": self._step + 1, "words": smaller.instead_of(self.fit), "why": why, "fit": asdict(smaller)}
+        self.hear({"stepped_down": told})
+
+
+def in_child(payload: dict[str, Any], channel: Channel) -> None:
+    """The child's part of `train`."""
+    settings = config.Tuning.model_validate(payload["settings"])
+    model = config.Model.model_validate(payload["model"])
+    budget_bytes, start = payload["budget_bytes"], payload["start"]
+    loading.torch_module()
+    if budget_bytes is not None and not _own_memory(loading.device_of(model.device)):
+        least = _least_bytes(loading.find(model.name, channel.progress), model, settings)
+        _refuse_below(least, _memory("VmRSS"), budget_bytes)
+    lm = _loaded(model, settings, channel)
+    with _conditions(payload, settings, lm, channel) as conditions:
+        trainer.train(
+            lm,
+            [_example(*each) for each in payload["examples"]],
+            settings,
+            Path(payload["out"]),
+            start=None if start is None else Path(start),
+            card=payload["card"],
+            replace=payload["replace"],
+            progress=channel.progress,
+            conditions=conditions,
+        )
+
+
+def _example(messages: Sequence[tuple[Role, str]], answer: str, dialogue_id: str) -> Example:
+    return Example(tuple(Turn(role, text) for role, text in messages), answer, dialogue_id)
+
+
+def _loaded(model: config.Model, settings: config.Tuning, channel: Channel) -> LanguageModel:
+    """The model with its weights held as they are to be; never wider on the way than need be."""
+    if _types(model, settings)[1] == "bfloat16" and model.dtype == "float32":
+        model = model.model_copy(update={"dtype": "bfloat16"})
+    lm = LanguageModel.load(model, progress=channel.progress)
+    adapter.quantise(lm, settings)
+    outofmemory.free()
+    channel.check()
+    return lm
+
+
+@contextmanager
+def _conditions(
+    payload: Mapping[str, Any], settings: config.Tuning, lm: LanguageModel, channel: Channel
+) -> Iterator[trainer.Conditions]:
+    """Inside, the process is held to its budget."""
+    budget_bytes, load_peak, own = payload["budget_bytes"], _memory("VmHWM"), _own_memory(lm.device.type)
+    with suppress(OSError):  # the peak counts from here on (proc(5): 5 resets it)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    channel.event({"ready": {"resident_bytes": _memory("VmRSS"), "load_peak_rss_bytes": load_peak}})
+    if budget_bytes is not None and lm.device.type == "cuda":
+        limit_cuda(budget_bytes if own else max(budget_bytes - _memory("VmRSS"), 1))
+
+    def facts() -> dict[str, Any]:
+        peak = max(_memory("VmHWM"), watch.peak_bytes if watch else 0)
+        return {"budget_bytes": budget_bytes, "peak_rss_bytes": peak, "load_peak_rss_bytes": load_peak}
+
+    def last_resort(why: str) -> None:
+        channel.event({"note": why})
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def note(words: str) -> None:
+        channel.event({"note": words})
+
+    with ExitStack() as stack:
+        watch = None
+        if budget_bytes is not None and not own:
+            watch = Watchdog(budget_bytes, reserve_bytes=settings.reserve, last_resort=last_resort)
+            stack.enter_context(watch)
+        pace = pacing.pace(settings.max_celsius, note)
+        if isinstance(pace, pacing.Cool):
+            stack.callback(pace.close)
+        fit, stepped_down = Fit(**payload["fit"]), payload["stepped_down"]
+        yield trainer.Conditions(fit, stepped_down, watch, pace, channel.check, channel.event, facts)
+
+
+def _own_memory(device: str) -> bool:
+    """Whether the device is a GPU that has memory of its own, which the budget is of then."""
+    import torch
+
+    return device == "cuda" and not shares_memory(Tree(), torch.cuda)
+
+
+def _memory(name: str) -> int:
+    return sizes(Tree(), "proc/self/status").get(name, 0)
+
+
+def _types(model: config.Model, settings: config.Tuning) -> tuple[str, str]:
+    """Of the linears' weights and of all else, as the lower limit calls them."""
+    loaded = "float32" if model.dtype == "float32" else "bfloat16"
+    kind = loaded if settings.weights == "as loaded" else settings.weights
+    return kind, settings.compute_dtype if kind in ("int8", "nf4") else kind
+
+
+def planned(model: config.Model, settings: config.Tuning, budget_bytes: int) -> Fit | None:
+    """Returns the fastest fit that should keep to the budget; None for a model of a family that cannot be predicted.
+
+    Raises BudgetExceeded, with the least that would do, where none does.
+    """
+    folder = loading.find(model.name, no_progress)
+    try:
+        known = architecture(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        runtime = planner.runtime_bytes()
+        return planner.plan(known, budget_bytes, settings, runtime_bytes=runtime, loaded=model.dtype).fit
+    except (InputError, ConfigError, OSError, ValueError):
+        return None
+
+
+def _least_bytes(folder: Path, model: config.Model, settings: config.Tuning) -> int | None:
+    """M* of the least that can be asked for, a lower bound for any fit; None where the family is not known."""
+    kind, rest = _types(model, settings)
+    width, learnt = (4 if name == "float32" else 2 for name in (rest, settings.adapter_dtype))
+    try:
+        known = architecture(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        setup = Setup(
+            batch=1,
+            sequence=LEAST_CHUNK,
+            weight_bits=WEIGHT_BITS[kind],
+            embedding_bytes=width,
+            activation_bytes=width,
+            rank=settings.rank,
+            adapter_bytes=learnt,
+            optimizer_bytes=2 * learnt,
+            loss_chunk=LEAST_CHUNK,
+            modules=None if settings.targets == "all-linear" else settings.targets,
+            top_layers=settings.top_layers,
+            accumulates=False,
+        )
+        return lower_limit(known, setup).total_bytes
+    except (InputError, OSError, ValueError):  # not ours to complain of: training itself says what is wrong
+        return None
+
+
+def _refuse_below(least: int | None, runtime: int, budget_bytes: int) -> None:
+    if least is not None and least + runtime > budget_bytes:
+        found = f"model, adapter and the shortest step take {least / _MIB:.0f} MiB, "
+        found += f"Python and torch {runtime / _MIB:.0f} MiB"
+        do = f"allow at least {(least + runtime) / _MIB + 1:.0f} MiB, or hold the weights in fewer bits"
+        raise BudgetExceeded(message(f"tune the model in {budget_bytes / _MIB:.0f} MiB", found, do))
