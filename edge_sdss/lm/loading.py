@@ -84,9 +84,13 @@ def load(folder: Path, dtype: Any) -> tuple[Any, Any]:
 
 
 def _cached(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        found = "there is no such folder, and no library to look for one of that name"
+        do = "check the path, or pip install 'edge_sdss[train]'"
+        raise BackendUnavailable(message(f"load model {name}", found, do)) from error
     try:
         return Path(snapshot_download(name, local_files_only=True))
     except LocalEntryNotFoundError as error:
