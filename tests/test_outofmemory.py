@@ -82,9 +82,9 @@ def test_kinds() -> None:
 def test_torch_under_a_planted_limit() -> None:
     torch = pytest.importorskip("torch")
     assert is_out_of_memory(torch.OutOfMemoryError("anything"))
-    weight = torch.ones(4096, 64)
+    weight = torch.ones(16384, 64)
     with rlimit(64 * MIB), pytest.raises(RuntimeError) as caught:
-        torch.nn.functional.linear(torch.ones(8192, 64), weight)  # 128 MiB
+        torch.nn.functional.linear(torch.ones(65536, 64), weight)  # 4 GiB: more than any heap has left over
     assert is_out_of_memory(caught.value)
     with pytest.raises(RuntimeError) as caught:
         torch.ones(2, 3) @ torch.ones(2, 3)
