@@ -17,7 +17,7 @@ FLOORS = (
     {"errors", "types", "config"},
     {
         "store", "readers", "lexicon", "lm", "default_model", "backends", "device", "statistics", "metrics",
-        "general", "sensors", "files", "tree", "boards", "jetpack", "page",
+        "general", "sensors", "files", "tree", "boards", "jetpack", "page", "bundles", "cgroups",
     },
     {
         "selection", "synthesis", "tuning", "gate", "evaluation", "report", "exporting", "runtime",

@@ -1,0 +1,14 @@
+"""A bundle: the folder that a device needs to answer with a model and its adapters, without torch.
+
+    bundle/
+      manifest.json        what is in it, whose base it is of, how it was checked; written last
+      model.onnx(.data)    the graph; adapters are optional inputs of dynamic rank
+      tokenizer.json       and tokenizer_config.json, chat_template.jinja, generation_config.json, config.json
+      adapters/<name>.onnx_adapter
+
+Knows nothing of how a graph is made or run.
+"""
+
+from edge_sdss.bundles.manifest import MANIFEST, AdapterEntry, Check, FileEntry, Graph, Manifest, Site
+
+__all__ = ["MANIFEST", "AdapterEntry", "Check", "FileEntry", "Graph", "Manifest", "Site"]
