@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -109,14 +108,8 @@ def _architecture(name: str | None) -> tuple[str, Architecture]:
             with console.progress() as progress:
                 file = loading.find(name, progress)
         file = file / "config.json"
-    try:
-        stated = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(message(f"read {file}", f"no JSON, {error}", "give a model's config.json")) from error
-    if not isinstance(stated, dict):
-        raise InputError(message(f"read {file}", "it is no object", "give a model's config.json"))
     shown = file.parent.name if file.name == "config.json" else file.stem
-    return (shown if name else default_model.NAME), shapes.architecture(stated)
+    return (shown if name else default_model.NAME), shapes.of(file)
 
 
 def _weights(given: str | None) -> tuple[config.Weights, ...] | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from edge_sdss import default_model
 from edge_sdss.errors import BackendUnavailable, InputError, message
+from edge_sdss.lm.piecewise import Hold, assemble
 from edge_sdss.types import Progress
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -58,8 +59,12 @@ def find(name: str | None, progress: Progress) -> Path:
     return folder
 
 
-def load(folder: Path, dtype: Any) -> tuple[Any, Any]:
-    """Returns the causal model, in `dtype`, and its tokenizer. Raises InputError where it is none."""
+def load(folder: Path, dtype: Any, hold: Hold | None = None) -> tuple[Any, Any]:
+    """Returns the causal model, in `dtype`, and its tokenizer. Raises InputError where it is none.
+
+    With `hold`, which says how each tensor is held, the weights are there one by one and never all in `dtype`; not
+    so for a model whose names on the disk are others than its own: it comes in `dtype`.
+    """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -67,10 +72,16 @@ def load(folder: Path, dtype: Any) -> tuple[Any, Any]:
     asked = f"load model {folder}"
     try:
         with _quiet():
-            names = AutoConfig.from_pretrained(folder, **local).architectures or []
+            config = AutoConfig.from_pretrained(folder, **local)
+            names = config.architectures or []
             if names and not any(name.endswith(_CAUSAL) for name in names):
                 raise InputError(message(asked, f"it is a {names[0]}", "give a causal language model"))
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **local)
+            model = None if hold is None else assemble(folder, config, hold)
+            if model is None:
+                options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+                model, told = AutoModelForCausalLM.from_pretrained(folder, **options, **local)
+                if missing := sorted(told["missing_keys"]):  # they would be random numbers
+                    raise InputError(message(asked, f"{missing[0]} is not in it", "give the model's whole folder"))
     except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
         raise InputError(message(asked, _line(error), "give a causal language model")) from error
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):

@@ -19,6 +19,7 @@ from edge_sdss.files import sha256
 from edge_sdss.lm import adapters, decoding, loading
 from edge_sdss.lm.chat import Chat, Encoded
 from edge_sdss.lm.decoding import Generation
+from edge_sdss.lm.piecewise import Hold
 from edge_sdss.types import Example, Progress, Turn, no_progress
 
 if TYPE_CHECKING:
@@ -47,10 +48,13 @@ class LanguageModel:
         self._accepts = frozenset(inspect.signature(model.forward).parameters)
 
     @classmethod
-    def load(cls, settings: config.Model, *, progress: Progress = no_progress) -> LanguageModel:
+    def load(
+        cls, settings: config.Model, *, hold: Hold | None = None, progress: Progress = no_progress
+    ) -> LanguageModel:
         """Loads the default model, a local Hugging Face folder, or a hub id that is in the local cache.
 
-        Opens no connection, runs no code of the folder, reads no pickled weights. Raises BackendUnavailable
+        Opens no connection, runs no code of the folder, reads no pickled weights. `hold` is for weights in other
+        forms than `settings.dtype`, see `loading.load`. Raises BackendUnavailable
         where torch, the device or the hub's copy is absent, InputError where the folder holds no causal
         model or no tokenizer.
         """
@@ -59,7 +63,7 @@ class LanguageModel:
         name = settings.name or default_model.NAME
         folder = loading.find(settings.name, progress)
         progress(f"loading {name}", 0, 1)
-        model, tokenizer = loading.load(folder, getattr(torch, settings.dtype))
+        model, tokenizer = loading.load(folder, getattr(torch, settings.dtype), hold)
         model = model.to(device).eval().requires_grad_(False)
         progress(f"loading {name}", 1, 1)
         return cls(name, folder, model, tokenizer)

@@ -16,6 +16,7 @@ from edge_sdss.errors import ConfigError, InputError, message
 from edge_sdss.tuning import folder as files
 from edge_sdss.tuning.folder import CONFIG, WEIGHTS
 from edge_sdss.tuning.layers import Lora
+from edge_sdss.types import Progress, no_progress
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from edge_sdss.tuning.layers.checkpointing import Checkpointed
     from edge_sdss.tuning.layers.lora import LoraLinear
 
-__all__ = ["CONFIG", "WEIGHTS", "Trainable", "head", "quantise", "trainable", "write"]
+__all__ = ["CONFIG", "WEIGHTS", "Trainable", "head", "load", "quantise", "trainable", "write"]
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,33 @@ def trainable(lm: LanguageModel, settings: config.Tuning, start: Path | None) ->
         lm.attach(attached)
 
 
+def load(model: config.Model, settings: config.Tuning, progress: Progress = no_progress) -> LanguageModel:
+    """Loads a model with its weights held as `settings.weights` says, tensor by tensor.
+
+    Raises what `LanguageModel.load` raises. No adapter can be attached to linears in int8 or nf4 other than by
+    `trainable`.
+    """
+    import torch
+
+    from edge_sdss.lm import LanguageModel
+    from edge_sdss.tuning.layers import frozen
+
+    kind: frozen.Kind = model.dtype if settings.weights == "as loaded" else settings.weights
+    rest = settings.compute_dtype if kind in ("int8", "nf4") else kind
+
+    def hold(module: Any, path: str, tensor: Tensor) -> None:
+        inside = path.startswith(f"{_path(module, _layers(module))}.")
+        frozen.hold(module, path, tensor, kind if inside else rest, getattr(torch, rest))
+
+    lm = LanguageModel.load(model.model_copy(update={"dtype": rest}), hold=hold, progress=progress)
+    quantise(lm, settings)  # does nothing to what is held so
+    return lm
+
+
 def quantise(lm: LanguageModel, settings: config.Tuning) -> None:
     """Holds `lm`'s weights from now on as `settings.weights` says; there is no way back but to load it again.
 
-    Goes matrix by matrix, so no more than one is there twice. An adapter that was attached is not any more,
-    and none can be attached to linears in int8 or nf4 other than by `trainable`.
+    Goes matrix by matrix, so no more than one is there twice. An adapter that was attached is not any more.
     """
     import torch
 

@@ -6,13 +6,12 @@
                                                                          from the newest checkpoint
 
 The budget is of the child: RSS, on a GPU that works in main memory with what it has reserved there; on a GPU with
-memory of its own, what torch reserves on it. It is kept while training. Loading may pass it for a moment, and what
-it took is told apart. Knows nothing of what a step is.
+memory of its own, what torch reserves on it. Loading goes tensor by tensor, so that it takes no more than training.
+Knows nothing of what a step is.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,12 +24,11 @@ from edge_sdss import config, default_model
 from edge_sdss.errors import BudgetExceeded, ConfigError, InputError, message
 from edge_sdss.lm import LanguageModel, loading
 from edge_sdss.tree import Tree
-from edge_sdss.tuning import adapter, outofmemory, pacing, planner, trainer
+from edge_sdss.tuning import adapter, outofmemory, pacing, planner, shapes, trainer
 from edge_sdss.tuning.ceiling import shares_memory, sizes
 from edge_sdss.tuning.fit import LEAST_CHUNK, Fit
-from edge_sdss.tuning.limit import WEIGHT_BITS, Setup, lower_limit
+from edge_sdss.tuning.limit import lower_limit
 from edge_sdss.tuning.records import Round
-from edge_sdss.tuning.shapes import architecture
 from edge_sdss.tuning.supervisor import Died, supervise
 from edge_sdss.tuning.watchdog import Watchdog, limit_cuda
 from edge_sdss.types import Example, Progress, Role, Turn, no_progress
@@ -180,11 +178,8 @@ def _example(messages: Sequence[tuple[Role, str]], answer: str, dialogue_id: str
 
 
 def _loaded(model: config.Model, settings: config.Tuning, channel: Channel) -> LanguageModel:
-    """The model with its weights held as they are to be; never wider on the way than need be."""
-    if _types(model, settings)[1] == "bfloat16" and model.dtype == "float32":
-        model = model.model_copy(update={"dtype": "bfloat16"})
-    lm = LanguageModel.load(model, progress=channel.progress)
-    adapter.quantise(lm, settings)
+    """The model with its weights held as they are to be."""
+    lm = adapter.load(model, settings, channel.progress)
     outofmemory.free()
     channel.check()
     return lm
@@ -236,49 +231,27 @@ def _memory(name: str) -> int:
     return sizes(Tree(), "proc/self/status").get(name, 0)
 
 
-def _types(model: config.Model, settings: config.Tuning) -> tuple[str, str]:
-    """Of the linears' weights and of all else, as the lower limit calls them."""
-    loaded = "float32" if model.dtype == "float32" else "bfloat16"
-    kind = loaded if settings.weights == "as loaded" else settings.weights
-    return kind, settings.compute_dtype if kind in ("int8", "nf4") else kind
-
-
 def planned(model: config.Model, settings: config.Tuning, budget_bytes: int) -> Fit | None:
     """Returns the fastest fit that should keep to the budget; None for a model of a family that cannot be predicted.
 
     Raises BudgetExceeded, with the least that would do, where none does.
     """
-    folder = loading.find(model.name, no_progress)
     try:
-        known = architecture(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        known = shapes.of(loading.find(model.name, no_progress) / "config.json")
         runtime = planner.runtime_bytes()
         return planner.plan(known, budget_bytes, settings, runtime_bytes=runtime, loaded=model.dtype).fit
-    except (InputError, ConfigError, OSError, ValueError):
+    except (InputError, ConfigError):
         return None
 
 
 def _least_bytes(folder: Path, model: config.Model, settings: config.Tuning) -> int | None:
     """M* of the least that can be asked for, a lower bound for any fit; None where the family is not known."""
-    kind, rest = _types(model, settings)
-    width, learnt = (4 if name == "float32" else 2 for name in (rest, settings.adapter_dtype))
+    fit = Fit(micro_batch=1, loss_chunk=LEAST_CHUNK, checkpointing=True, max_tokens=LEAST_CHUNK)
     try:
-        known = architecture(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        setup = Setup(
-            batch=1,
-            sequence=LEAST_CHUNK,
-            weight_bits=WEIGHT_BITS[kind],
-            embedding_bytes=width,
-            activation_bytes=width,
-            rank=settings.rank,
-            adapter_bytes=learnt,
-            optimizer_bytes=2 * learnt,
-            loss_chunk=LEAST_CHUNK,
-            modules=None if settings.targets == "all-linear" else settings.targets,
-            top_layers=settings.top_layers,
-            accumulates=False,
-        )
+        known = shapes.of(folder / "config.json")
+        setup = planner.setup_of(known, settings, fit, fit.max_tokens, settings.weights, model.dtype)
         return lower_limit(known, setup).total_bytes
-    except (InputError, OSError, ValueError):  # not ours to complain of: training itself says what is wrong
+    except InputError:  # not ours to complain of: training itself says what is wrong
         return None
 
 

@@ -6,8 +6,10 @@ alone or as the `text_config` of a multimodal model, whose other towers are left
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from edge_sdss.errors import InputError, message
@@ -115,6 +117,17 @@ _FAMILIES = {
 _NAMES = "Llama, Mistral, Qwen (2, 2.5, 3), Gemma (1, 2, 3), Phi (3, 4)"
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def of(file: Path) -> Architecture:
+    """Returns the sizes that a `config.json` states. Raises InputError for no such file, and as `architecture`."""
+    try:
+        stated = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(message(f"read {file}", f"no JSON, {error}", "give a model's config.json")) from error
+    if not isinstance(stated, dict):
+        raise InputError(message(f"read {file}", "it is no object", "give a model's config.json"))
+    return architecture(stated)
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:

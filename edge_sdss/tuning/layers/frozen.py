@@ -22,10 +22,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear as product
 from torch.nn.functional import pad
 
+from edge_sdss.lm.piecewise import place
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["float32", "bfloat16", "int8", "nf4"]
+Kind = Literal["float32", "bfloat16", "float16", "int8", "nf4"]
 
 _BLOCK, _GROUP = 64, 256
 _CHUNK = 1 << 16  # weights that are encoded or decoded at a time: what they take besides fits a cache
@@ -215,18 +217,29 @@ def quantise(model: nn.Module, layers: nn.Module, kind: Kind, compute: torch.dty
     int8 and NF4 are for the linears within `layers`; embeddings, head, norms and biases, and with them the
     activations, are in `compute`. float32 and bfloat16 are for all of it. Buffers stay as they are.
     """
-    dense = kind in ("float32", "bfloat16")
+    dense = kind not in ("int8", "nf4")
     # Paths and not modules: a list of these would keep every weight to the end.
     paths = [path for path, module in layers.named_modules() if isinstance(module, nn.Linear) and not dense]
     for path in paths:
-        parent, _, child = path.rpartition(".")
-        linear: Any = layers.get_submodule(path)
-        frozen = FrozenLinear(freeze(linear.weight, kind), linear.bias)
-        setattr(layers.get_submodule(parent), child, frozen.train(linear.training))
-        del linear
+        hold(layers, f"{path}.weight", layers.get_parameter(f"{path}.weight"), kind, compute)
     rest = getattr(torch, kind) if dense else compute
     for parameter in model.parameters():  # each once, and what is tied stays so
         parameter.data = parameter.data.to(rest)
+
+
+def hold(model: nn.Module, path: str, tensor: Tensor, kind: Kind, compute: torch.dtype) -> None:
+    """Puts a parameter into its place at `path` in the model: frozen, the weight of a linear as `kind`.
+
+    Where `kind` is int8 or NF4, all else is in `compute`.
+    """
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    if kind in ("int8", "nf4") and isinstance(owner, nn.Linear) and name == "weight":
+        above, _, child = parent.rpartition(".")
+        frozen = FrozenLinear(freeze(tensor, kind), owner.bias)
+        setattr(model.get_submodule(above), child, frozen.train(owner.training))
+    else:
+        place(model, path, tensor.to(compute if kind in ("int8", "nf4") else getattr(torch, kind)))
 
 
 def _rows(shape: torch.Size) -> list[slice]:
