@@ -69,10 +69,10 @@ $(VENV)/.train: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.train
 	@echo "Installing the tools for tests and checks"
-	@$(BIN)/python $(INSTALL) -e '.[train,dev]'
+	@$(BIN)/python $(INSTALL) -e '.[train,export,run,dev]'
 	@touch $@
 
 $(VENV)/.core: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing the core and the tools for tests, without torch"
-	@$(BIN)/python $(INSTALL) -e '.[dev]'
+	@$(BIN)/python $(INSTALL) -e '.[run,dev]'
 	@touch $@

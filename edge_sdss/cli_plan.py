@@ -50,7 +50,7 @@ def plan(
     edge-sdss plan --memory 700MiB --weights nf4; edge-sdss plan --model Llama-3.2-1B/config.json --board orin-nano-8gb
     --weights nf4
     """
-    from edge_sdss.tuning import planner
+    from edge_sdss.tuning import libraries, planner
 
     settings = options.settings(settings_file, set_, {"model": {"name": model}})
     budget, about = _budget(memory, board, reserve, settings.tuning.memory)
@@ -59,7 +59,7 @@ def plan(
         architecture,
         budget,
         settings.tuning,
-        runtime_bytes=options.size(runtime) if runtime else planner.runtime_bytes(),
+        runtime_bytes=options.size(runtime) if runtime else libraries.runtime_bytes(),
         weights=_weights(weights),
         loaded=settings.model.dtype,
         longest=longest,
@@ -140,7 +140,7 @@ def _rows(found: Plan) -> list[list[str]]:
         "ids, positions, masks": parts.other,
         **({"by calibration": calibrated} if calibrated else {}),
         "tensors": found.chosen.tensor_bytes,
-        "kernels, beside their results": found.chosen.kernel_bytes,
+        "kernels and the tokenizer": found.chosen.untracked_bytes,
         "Python and libraries": found.runtime_bytes,
         "process": found.process_bytes,
     }
@@ -175,7 +175,7 @@ def _document(found: Plan) -> dict[str, Any]:
             "fit": asdict(candidate.fit),
             "weights": candidate.weights,
             "tensor_bytes": candidate.tensor_bytes,
-            "kernel_bytes": candidate.kernel_bytes,
+            "untracked_bytes": candidate.untracked_bytes,
             "process_bytes": candidate.needed_bytes + found.runtime_bytes,
             "parts": asdict(candidate.parts),
         }

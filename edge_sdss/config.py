@@ -24,6 +24,7 @@ VectorType = Literal["int8", "float16", "float32"]
 TrainOn = Literal["accepted", "all"]
 Weights = Literal["as loaded", "float32", "bfloat16", "int8", "nf4"]
 TensorType = Literal["float32", "bfloat16"]
+Optimizer = Literal["adamw", "adamw-8bit"]
 
 
 class _Section(BaseModel):
@@ -111,6 +112,7 @@ class Tuning(_Section):
     weights: Weights = Field("as loaded", description="how the frozen weights are held; int8 and nf4: the linears'")
     compute_dtype: TensorType = Field("bfloat16", description="activations and the other weights, with int8 and nf4")
     adapter_dtype: TensorType = Field("float32", description="of the adapter's weights")
+    optimizer: Optimizer = Field("adamw", description="adamw-8bit: its moments take 2 bytes a weight instead of 8")
     checkpointing: Literal["auto", "on", "off"] = Field("auto", description="recompute layers in the backward")
     learning_rate: float = Field(1e-3, gt=0, description="the highest, after the warm-up")
     epochs: int = Field(4, ge=1, description="how often each example is seen")
@@ -118,6 +120,18 @@ class Tuning(_Section):
     max_tokens: int = Field(512, ge=16, description="a longer example is cut")
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps")
     clip: float = Field(1.0, gt=0, description="largest norm of a step's gradient")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="stop after so many epochs without a lower held-out loss, and take the best; None: never",
+    )
+    validation: float = Field(0.1, gt=0, lt=1, description="share of the dialogues held out for that, with patience")
+    replay: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="at most this share of a round's dialogues is of earlier rounds; None: all that are kept",
+    )
     loss_chunk: int = Field(128, ge=1, description="answer tokens whose logits exist at a time")
     memory: int | None = Field(None, ge=1, description="bytes for training, in a process of its own; None: no limit")
     reserve: int = Field(64 << 20, ge=0, description="bytes that stay free on the machine, with a limit of memory")

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edge_sdss import types
+from edge_sdss.page.formats import size
 
 if TYPE_CHECKING:
     from edge_sdss.readers import Reading
@@ -33,7 +34,8 @@ def progress() -> Iterator[types.Progress]:
     if not err.is_terminal:
         yield types.no_progress
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    said = TextColumn("{task.description}"), TextColumn("{task.fields[detail]}", style="dim")
+    columns = (said[0], BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), said[1])
     bars = Progress(*columns, console=err, transient=True)
     _live.append(bars)
     tasks: dict[str, TaskID] = {}
@@ -43,7 +45,7 @@ def progress() -> Iterator[types.Progress]:
         if stage not in tasks:
             for earlier in tasks.values():
                 bars.update(earlier, visible=False)
-            tasks[stage] = bars.add_task(stage, total=total or None)
+            tasks[stage] = bars.add_task(stage, total=total or None, detail="")
         bars.update(tasks[stage], completed=done, total=total or None, visible=not total or done < total)
 
     try:
@@ -96,12 +98,27 @@ def note(text: str) -> None:
 
 
 def event(told: Mapping[str, Any]) -> None:
-    """Says what a round in its own process gave up, or was told, on stderr."""
-    if "stepped_down" in told:
+    """Shows how a round goes beside its bar, and says on stderr what it gave up or was told."""
+    if "step" in told:
+        for bars in _live:
+            for task in bars.tasks[-1:]:
+                bars.update(task.id, detail=step_words(told["step"]))
+    elif "held_out" in told:
+        held = told["held_out"]
+        note(f"Held-out loss {held['loss']:.3f} after step {held['step']}, lowest after step {held['best']}.")
+    elif "stepped_down" in told:
         given = told["stepped_down"]
         note(f"Out of memory at step {given['step']} ({given['why']}): going on with {given['words']}.")
     elif "note" in told:
         note(told["note"])
+
+
+def step_words(step: Mapping[str, Any]) -> str:
+    """A step in words: its loss, its speed, and the peak of memory against the budget where there is one."""
+    words = f"loss {step['loss']:.3f} · {step['tokens_per_s']:,.0f} tokens/s"
+    if step["peak_bytes"] is not None:
+        words += f" · peak {size(step['peak_bytes'])} of {size(step['budget_bytes'])}"
+    return words
 
 
 def decision(made: types.Decision) -> dict[str, Any]:

@@ -5,7 +5,8 @@ Knows nothing of when a round is due or in which order its stages run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,6 +42,23 @@ def example_of(exemplar: Exemplar, train_on_all: bool) -> Example | None:
         case None if train_on_all:
             answer = exemplar.dialogue.response
     return Example(exemplar.dialogue.messages, answer, exemplar.dialogue.id) if answer else None
+
+
+def replayed(examples: Sequence[Example], learnt: Set[str], share: float | None, seed: int) -> list[Example]:
+    """The examples of a round: all new ones, and of those `learnt` in earlier rounds so many that they are `share`.
+
+    None takes all of them; so does a round without a new one. Which of the old ones, a hash says.
+    """
+    old = sorted((e for e in examples if e.dialogue_id in learnt), key=lambda e: _hash(e.dialogue_id, seed))
+    new = len(examples) - len(old)
+    if share is None or not new:
+        return list(examples)
+    kept = {e.dialogue_id for e in old[: round(new * share / (1 - share))]}
+    return [e for e in examples if e.dialogue_id not in learnt or e.dialogue_id in kept]
+
+
+def _hash(name: str, seed: int) -> str:
+    return hashlib.sha256(f"replay:{seed}:{name}".encode()).hexdigest()
 
 
 def variant_of(example: Example, variant: Variant) -> Example:

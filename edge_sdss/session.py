@@ -27,6 +27,7 @@ from edge_sdss.selection.buffer import entry_bytes
 from edge_sdss.store import Round as StoredRound
 from edge_sdss.store import Store, lock, now
 from edge_sdss.tuning import budgeted, outofmemory, trainer
+from edge_sdss.tuning.fit import Fit
 from edge_sdss.types import (
     Annotation,
     Decision,
@@ -58,7 +59,7 @@ class Session:
         progress: Progress = no_progress,
         on_event: Callable[[dict[str, Any]], None] = lambda event: None,
     ) -> None:
-        """A round that is tuned in a process of its own tells `on_event` how it goes, see `tuning.budgeted`.
+        """A round tells `on_event` how it goes, see `tuning.course.Conditions` and `tuning.budgeted`.
 
         Raises InputError where another process holds the home, ConfigError where its file is no store.
         """
@@ -207,12 +208,16 @@ class Session:
     # a round
 
     def adapt(self) -> Adapted:
-        """One round: synthesise, tune, judge, activate. A round that was cut short is gone on with."""
+        """One round: synthesise, tune, judge, activate. A round that was cut short is gone on with.
+
+        Raises BudgetExceeded before anything else where the settings' memory is too little.
+        """
+        fit = self._planned()
         stored = self.store.open_round(self._start())
         tally = self.synthesise()
-        tuned = self._tune(stored)
+        tuned = self._tune(stored, fit)
         verdict, before, after = self._judge(stored, tuned)
-        trained = [example.dialogue_id for example in self.examples(held_out=False)]
+        trained = [example.dialogue_id for example in self.material()]
         variants = tuple(v for made in self.store.variants().values() for v in made)
         self.store.close_round(stored.number, verdict.accepted, rounds.record(verdict, tally, before, after), trained)
         return Adapted(stored.number, tuned, verdict, tally, before, after, variants)
@@ -247,18 +252,23 @@ class Session:
                 found.append(example)
         return found
 
+    def material(self) -> list[Example]:
+        """The annotated dialogues that the next round is trained on."""
+        chosen = self.settings.tuning
+        return rounds.replayed(self.examples(held_out=False), self.store.learnt(), chosen.replay, chosen.seed)
+
     def synthesise(self) -> synthesis.Tally:
         """Writes the variants that are missing; a few exemplars' are stored together as soon as they are made."""
         have = self.store.variants()
-        missing = [example for example in self.examples(held_out=False) if example.dialogue_id not in have]
+        missing = [example for example in self.material() if example.dialogue_id not in have]
         if missing and self.settings.synthesis.variants:
             made = synthesis.synthesise(self.lm, missing, self.settings.synthesis, self.progress)
             for group in made:
                 self.store.put_variants(group)
         return synthesis.tally([v for variants in self.store.variants().values() for v in variants])
 
-    def _tune(self, stored: StoredRound) -> trainer.Round:
-        originals = self.examples(held_out=False)
+    def _tune(self, stored: StoredRound, fit: Fit | None) -> trainer.Round:
+        originals = self.material()
         variants = self.store.variants()
         written = [rounds.variant_of(e, v) for e in originals for v in variants.get(e.dialogue_id, ()) if not v.dropped]
         if not originals:
@@ -273,11 +283,15 @@ class Session:
         }
         out = self.adapter_folder(stored.number)
         if chosen.memory is None and chosen.max_celsius is None and chosen.weights == "as loaded":
-            return trainer.train(self.lm, learnt, chosen, out, **options)
+            conditions = trainer.Conditions(on_event=self.on_event)
+            return trainer.train(self.lm, learnt, chosen, out, conditions=conditions, **options)
         self._free_model()
-        fit = budgeted.planned(self.settings.model, chosen, chosen.memory) if chosen.memory else None
         options |= {"budget_bytes": chosen.memory, "fit": fit, "on_event": self.on_event}
         return budgeted.train(self.settings.model, learnt, chosen, out, **options)
+
+    def _planned(self) -> Fit | None:
+        chosen = self.settings.tuning
+        return budgeted.planned(self.settings.model, chosen, chosen.memory) if chosen.memory else None
 
     def _free_model(self) -> None:
         """Gives the model's memory to others until it is needed again; one that was given stays where it is."""

@@ -303,6 +303,11 @@ class Store:
             if accepted:
                 self.set_meta("active", number)
 
+    def learnt(self) -> set[str]:
+        """The dialogues that the accepted rounds were trained on."""
+        query = "SELECT dialogue_id FROM trained JOIN rounds USING (round) WHERE state = 'accepted'"
+        return {row[0] for row in self._db.execute(query).fetchall()}
+
     def rounds(self) -> list[Round]:
         """All rounds, oldest first."""
         return [self._round(row[0]) for row in self._db.execute("SELECT round FROM rounds ORDER BY round").fetchall()]

@@ -14,6 +14,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from safetensors.torch import load_file
+from tiny import Bare as _Bare
 from tiny import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -150,17 +151,6 @@ def test_loss_and_gradients_are_those_of_peft(family: str, checkpointing: str) -
         if parameter.requires_grad:
             mine = found[name.replace(".default", "")]
             torch.testing.assert_close(mine, parameter.grad, rtol=1e-4, atol=1e-5)
-
-
-class _Bare:
-    adapter = None
-    fingerprint = "f"
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def attach(self, _adapter: Path | None) -> None:
-        pass
 
 
 def test_layers_below_the_lowest_adapted_one_have_no_graph(lm: LanguageModel) -> None:

@@ -6,43 +6,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
+import hosts
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from trees import GIB, MIB, gpu, plant, process, v1, v2
 
+from edge_sdss import cgroups
 from edge_sdss.tree import Tree
-from edge_sdss.tuning import ceiling as module
-from edge_sdss.tuning.ceiling import ceiling, cgroup_folders
+from edge_sdss.tuning.ceiling import ceiling
 
-MIB, GIB = 1 << 20, 1 << 30
 V1_NONE = 9223372036854771712
-V2_MOUNT = "31 23 0:28 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate"
-V1_MOUNT = "35 31 0:32 {root} /sys/fs/cgroup/memory rw,nosuid - cgroup cgroup rw,memory"
-
-
-def plant(root: Path, files: dict[str, object]) -> Tree:
-    for path, held in files.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(f"{held}\n", encoding="utf-8")
-    return Tree(root)
-
-
-def process(rss: int = 200 * MIB, size: int = 900 * MIB, data: int = 300 * MIB) -> dict[str, object]:
-    lines = {"VmSize": size, "VmRSS": rss, "VmData": data}
-    status = "".join(f"{name}:\t{value // 1024:8} kB\n" for name, value in lines.items())
-    meminfo = f"MemTotal:       {16 * GIB // 1024} kB\nMemFree: 5 kB\nMemAvailable:   {9 * GIB // 1024} kB"
-    return {"proc/self/status": f"Name:\tpython\n{status}Threads:\t1", "proc/meminfo": meminfo}
-
-
-def v2(group: str, mount: str = V2_MOUNT) -> dict[str, object]:
-    return {"proc/self/cgroup": f"0::{group}", "proc/self/mountinfo": mount}
-
-
-def v1(group: str, root: str = "/") -> dict[str, object]:
-    lines = f"5:cpu,cpuacct:/\n4:memory:{group}\n0::/"
-    return {"proc/self/cgroup": lines, "proc/self/mountinfo": V1_MOUNT.format(root=root)}
 
 
 def test_without_a_limit_the_machine_is_the_limit(tmp_path: Path) -> None:
@@ -74,7 +49,7 @@ def test_a_group_above_binds_more_than_the_own(tmp_path: Path) -> None:
     assert found.limit_bytes == 600 * MIB
     assert found.available_bytes == 150 * MIB
     assert found.source == found.available_source == "the cgroup's limit /sys/fs/cgroup/a.slice/memory.max"
-    assert cgroup_folders(tree) == [
+    assert cgroups.folders(tree) == [
         f"{base}/a.slice/b.service/inner", f"{base}/a.slice/b.service", f"{base}/a.slice", base,
     ]  # fmt: skip
 
@@ -122,7 +97,7 @@ def test_v1_in_a_container_with_the_hosts_path(tmp_path: Path) -> None:
     inner = {f"{base}/inner/memory.limit_in_bytes": GIB, f"{base}/inner/memory.usage_in_bytes": 1}
     tree = plant(tmp_path, {**v1("/docker/abc/inner", "/docker/abc"), **inner})
     assert ceiling(tree).limit_bytes == GIB
-    assert cgroup_folders(tree) == [f"{base}/inner", base]
+    assert cgroups.folders(tree) == [f"{base}/inner", base]
 
 
 def test_v1_nested_and_huge(tmp_path: Path) -> None:
@@ -141,7 +116,7 @@ def test_v1_nested_and_huge(tmp_path: Path) -> None:
 def test_a_group_outside_of_the_mount_or_the_namespace_is_left_alone(tmp_path: Path) -> None:
     planted = {"sys/fs/cgroup/memory.max": 5 * MIB, "sys/fs/cgroup/memory.current": MIB}
     outside = plant(tmp_path / "a", {**process(), **v2("/../other"), **planted})
-    elsewhere = plant(tmp_path / "b", {**process(), **v2("/y", V2_MOUNT.replace(" / /", " /x /")), **planted})
+    elsewhere = plant(tmp_path / "b", {**process(), **v2("/y", hosts.V2_MOUNT.replace(" / /", " /x /")), **planted})
     assert [ceiling(tree).limit_bytes for tree in (outside, elsewhere)] == [16 * GIB] * 2
 
 
@@ -172,16 +147,6 @@ def test_limits_of_the_process(tmp_path: Path) -> None:
     assert found.source == "the process's limit of address space"
 
 
-def gpu(integrated: bool) -> SimpleNamespace:
-    cuda = SimpleNamespace(
-        is_initialized=lambda: True,
-        current_device=lambda: 0,
-        get_device_properties=lambda device: SimpleNamespace(is_integrated=integrated),
-        mem_get_info=lambda: (3 * GIB, 4 * GIB),
-    )
-    return SimpleNamespace(cuda=cuda)
-
-
 @pytest.mark.parametrize(("integrated", "tegra", "expected"), [(0, 0, 4 * GIB), (1, 0, None), (0, 1, None)])
 def test_the_memory_of_a_gpu_counts_once(tmp_path: Path, monkeypatch, integrated, tegra, expected) -> None:
     monkeypatch.setitem(sys.modules, "torch", gpu(bool(integrated)))
@@ -193,11 +158,13 @@ def test_the_memory_of_a_gpu_counts_once(tmp_path: Path, monkeypatch, integrated
     assert found.limit_bytes == 16 * GIB
 
 
-def test_without_proc_psutil_answers(tmp_path: Path, monkeypatch) -> None:
+def test_without_proc_psutil_answers(monkeypatch) -> None:
     pytest.importorskip("psutil")
-    used, bounds = module._portable()
-    assert used > MIB
-    assert bounds[0].limit_bytes > bounds[0].left_bytes > 0
+    monkeypatch.setattr(Tree, "maybe", lambda tree, path: None)
+    found = ceiling()
+    assert found.used_bytes > MIB
+    assert found.limit_bytes > found.available_bytes > 0
+    assert [bound.source for bound in found.bounds] == ["the machine's memory"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -78,7 +78,7 @@ def test_the_parts_of_the_document_make_its_sums(call: Call) -> None:
         moment = one["parts"].pop("moment")
         assert isinstance(moment, str)
         assert sum(one["parts"].values()) == one["tensor_bytes"]
-        assert one["process_bytes"] == one["tensor_bytes"] + one["kernel_bytes"] + 300 * MIB
+        assert one["process_bytes"] == one["tensor_bytes"] + one["untracked_bytes"] + 300 * MIB
     assert found["least"]["process_bytes"] <= found["chosen"]["process_bytes"] <= GIB < found["faster"]["process_bytes"]
     assert found["speed_up"] > 1
     assert found["limit_bytes"] <= 1.02 * found["chosen"]["tensor_bytes"]

@@ -198,22 +198,29 @@ def test_what_someone_else_changed_meanwhile_stays(tree: Tree, note: Path) -> No
 
 
 CHILD = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from edge_sdss.profiling import clocks
 from edge_sdss.tree import Tree
+for name in ("SIGTERM", "SIGHUP"):  # as at a terminal: what runs in the background or under nohup inherits others
+    signal.signal(getattr(signal, name), signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if sys.argv[3] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 if sys.argv[3] == "torn":  # killed between two writes
     real, writes = clocks._write, []
     def write(tree, path, value):
         if len(writes) == 2:
             print("set", flush=True)
-            time.sleep(60)
+            time.sleep(300)
         writes.append(path)
         real(tree, path, value)
     clocks._write = write
 with clocks.held("set", Tree(Path(sys.argv[1])), Path(sys.argv[2])):
+    if sys.argv[3] == "nohup":
+        signal.raise_signal(signal.SIGHUP)
     print("set", flush=True)
-    time.sleep(60)
+    time.sleep(300)
 """
 
 
@@ -231,9 +238,17 @@ def test_a_signal_puts_back_and_ends_as_if_unhandled(tree: Tree, note: Path, num
     process = child(tree, note)
     assert held(tree) == LOCKED
     process.send_signal(number)
-    assert process.wait(30) == -number
+    assert process.wait(120) == -number
     assert held(tree) == FILES
     assert not note.exists()
+
+
+def test_a_signal_that_was_ignored_stays_so(tree: Tree, note: Path) -> None:
+    process = child(tree, note, "nohup")
+    assert held(tree) == LOCKED
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == -signal.SIGTERM
+    assert held(tree) == FILES
 
 
 @pytest.mark.parametrize("how", ["whole", "torn"])
@@ -246,7 +261,7 @@ def test_the_next_start_mends_what_a_kill_left(tree: Tree, note: Path, how: str)
         ):
             pass
     process.kill()
-    process.wait(30)
+    process.wait(120)
     assert held(tree) != FILES
     with clocks.held("observe", tree, note) as words:
         assert held(tree) == FILES
@@ -257,7 +272,7 @@ def test_the_next_start_mends_what_a_kill_left(tree: Tree, note: Path, how: str)
 def test_a_note_from_before_a_restart_changes_nothing(tree: Tree, note: Path) -> None:
     process = child(tree, note)
     process.kill()
-    process.wait(30)
+    process.wait(120)
     (tree.root / "proc/sys/kernel/random/boot_id").write_text("another", encoding="utf-8")
     assert "before a restart" in clocks.restore(tree, note)[0]
     assert held(tree) == LOCKED | {"proc/sys/kernel/random/boot_id": "another"}

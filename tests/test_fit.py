@@ -210,7 +210,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "clipping": (torch.nn.utils, "clip_grad_norm_"),
     "update": (torch.optim.AdamW, "step"),
     "after the update": (torch.optim.AdamW, "step"),
-    "next step": (torch.optim.AdamW, "zero_grad"),
+    "next step": (steps.Optimisation, "_clear"),
 }
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import weakref
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -16,8 +15,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import Bare
 from torch import nn
 from torch.autograd import gradcheck
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -33,32 +34,13 @@ from edge_sdss.tuning.loss import cross_entropy
 from edge_sdss.tuning.memory import PeakTensorBytes
 from edge_sdss.tuning.shapes import architecture
 
-CONFIGS = Path(__file__).parent / "fixtures" / "configs"
+small = partial(configs.small, hidden_size=64, intermediate_size=160, head_dim=16, vocab_size=128)
 KINDS = ("float32", "bfloat16", "int8", "nf4")
-
-
-def small(family: str, **changes: Any) -> dict[str, Any]:
-    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
-    more = {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "pad_token_id": 0}
-    return {"model_type": family, **sizes, **more, **changes}
 
 
 def model_of(config: dict[str, Any], seed: int = 0) -> Any:
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval().requires_grad_(False)
-
-
-class Bare:
-    """As much of a language model as `adapter` asks for."""
-
-    adapter = None
-    fingerprint = "f"
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def attach(self, _adapter: Path | None) -> None:
-        pass
 
 
 # Frozen weights
@@ -526,7 +508,7 @@ def peak(kind: str, compute: str, config: dict[str, Any], sequence: int, **chang
 )
 def test_a_step_keeps_to_the_limit(kind: str, compute: str) -> None:
     """Four layers of SmolLM2-135M's shape at 512 tokens."""
-    stated = json.loads((CONFIGS / "SmolLM2-135M.json").read_text(encoding="utf-8"))
+    stated = configs.stated("SmolLM2-135M")
     found, limit = peak(kind, compute, {**stated, "num_hidden_layers": 4}, 512)
     assert 0.98 < found / limit.total_bytes < 1.01
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
+from configs import NAMES, known, small, stated
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +14,6 @@ from edge_sdss.errors import InputError
 from edge_sdss.tuning.limit import WEIGHT_BITS, Limit, Setup, adapter_parameters, lower_limit
 from edge_sdss.tuning.shapes import Architecture, architecture
 
-CONFIGS = Path(__file__).parent / "fixtures" / "configs"
 MIB = 2**20
 
 # As the model cards and weight indices state them; of multimodal models, the language model alone.
@@ -60,35 +58,12 @@ DESIGN = Setup(
 FLOAT32 = replace(DESIGN, weight_bits=32, embedding_bytes=4, activation_bytes=4, adapter_bytes=4)
 
 
-def stated(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
-    return found
-
-
-def known(name: str) -> Architecture:
-    return architecture(stated(name))
-
-
 def text(config: dict[str, Any]) -> dict[str, Any]:
     return config.get("text_config", config)
 
 
-def small(family: str, **changes: Any) -> dict[str, Any]:
-    sizes = {
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "vocab_size": 512,
-        "pad_token_id": 0,
-    }
-    return {"model_type": family, **sizes, **changes}
-
-
 def test_every_published_model_has_a_count() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.json")} == PUBLISHED.keys()
+    assert set(NAMES) == PUBLISHED.keys()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -10,7 +10,7 @@ import weakref
 from pathlib import Path
 
 import pytest
-from test_ceiling import MIB, plant, process, v1, v2
+from trees import MIB, plant, process, v1, v2
 
 from edge_sdss.tree import Tree
 from edge_sdss.tuning import outofmemory

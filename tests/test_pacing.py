@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_ceiling import plant
+from trees import plant
 
 from edge_sdss.errors import SensorUnavailable
 from edge_sdss.tree import Tree

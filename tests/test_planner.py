@@ -2,51 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import types
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import configs
 import pytest
+from configs import NAMES, known
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from tiny import Bare
 
 from edge_sdss import boards, config
 from edge_sdss.errors import BudgetExceeded, ConfigError, InputError
-from edge_sdss.tuning import planner
+from edge_sdss.tuning import libraries
 from edge_sdss.tuning.fit import Fit
 from edge_sdss.tuning.limit import WEIGHT_BITS, Setup, lower_limit
-from edge_sdss.tuning.planner import Calibration, plan
+from edge_sdss.tuning.planner import Calibration, calibrate, plan
 from edge_sdss.tuning.predict import Parts, predict
-from edge_sdss.tuning.shapes import Architecture, architecture
+from edge_sdss.tuning.shapes import architecture
 
-CONFIGS = Path(__file__).parent / "fixtures" / "configs"
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.json"))
 MIB, GIB = 1 << 20, 1 << 30
 DEFAULTS = config.Tuning()
 EVERY_TYPE = ("float32", "bfloat16", "int8", "nf4")
 
 
-def known(name: str) -> Architecture:
-    return architecture(json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8")))
-
-
-def small(family: str, **changes: Any) -> dict[str, Any]:
-    sizes = {
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "vocab_size": 512,
-        "pad_token_id": 0,
-    }
-    return {"model_type": family, **sizes, **changes}
-
-
+small = partial(configs.small, num_hidden_layers=3)
 WINDOWS = {"sliding_window": 64, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
 
 
@@ -60,7 +43,7 @@ def peak_bytes(stated: dict[str, Any], setup: Setup, settings: config.Tuning) ->
     from edge_sdss.tuning.memory import PeakTensorBytes
 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**stated)).eval()
-    lm: Any = types.SimpleNamespace(model=model, adapter=None, attach=lambda folder: None, fingerprint="")
+    lm: Any = Bare(model)
     adapter.quantise(lm, settings)
     with adapter.trainable(lm, settings, None) as adapted:
         learnt = list(adapted.parameters.values())
@@ -257,7 +240,7 @@ def test_a_step_is_calibrated() -> None:
     torch = pytest.importorskip("torch")
     predicted = Parts("loss", 4000, 0, 0, 0, gradients=0, kept=600, working=400, other=0)
     weights = torch.zeros(1000)
-    found = planner.calibrate(lambda: weights[:500] * 2, [weights], predicted, tokens=10)
+    found = calibrate(lambda: weights[:500] * 2, [weights], predicted, tokens=10)
     assert found.ratio == 2
     assert found.seconds_per_token > 0
 
@@ -289,20 +272,20 @@ def test_every_model_on_every_board_has_a_plan_or_a_refusal(board: str) -> None:
 
 def test_the_runtime_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGE_SDSS_CACHE", str(tmp_path))
-    monkeypatch.setattr(planner.importlib.metadata, "version", lambda name: "1")
+    monkeypatch.setattr(libraries.importlib.metadata, "version", lambda name: "1")
     answers = iter([None, 123 * MIB])
-    monkeypatch.setattr(planner, "_measured_runtime", lambda: next(answers))
-    assert planner.runtime_bytes() == planner.RUNTIME_BYTES  # a failure is not kept
-    assert [planner.runtime_bytes(), planner.runtime_bytes()] == [123 * MIB] * 2
+    monkeypatch.setattr(libraries, "_measured_runtime", lambda: next(answers))
+    assert libraries.runtime_bytes() == libraries.RUNTIME_BYTES  # a failure is not kept
+    assert [libraries.runtime_bytes(), libraries.runtime_bytes()] == [123 * MIB] * 2
     next(tmp_path.iterdir()).write_text("[]", encoding="utf-8")
     with pytest.raises(StopIteration):
-        planner.runtime_bytes()
+        libraries.runtime_bytes()
 
 
 def test_the_runtime_is_a_constant_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
-        raise planner.importlib.metadata.PackageNotFoundError(name)
+        raise libraries.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(planner.importlib.metadata, "version", missing)
-    monkeypatch.setattr(planner, "_measured_runtime", lambda: pytest.fail("measured"))
-    assert planner.runtime_bytes() == planner.RUNTIME_BYTES
+    monkeypatch.setattr(libraries.importlib.metadata, "version", missing)
+    monkeypatch.setattr(libraries, "_measured_runtime", lambda: pytest.fail("measured"))
+    assert libraries.runtime_bytes() == libraries.RUNTIME_BYTES

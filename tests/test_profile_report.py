@@ -11,7 +11,6 @@ import re
 import statistics
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import profiles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pages import Outline, changed
 from pydantic import ValidationError
 
 from edge_sdss import files as atomic
@@ -52,52 +52,6 @@ def rendered(report: schema.Report) -> str:
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the drawings out, for tests of what is around them."""
     monkeypatch.setattr(plots, "svg", lambda name, inches, draw, alt: f'<svg role="img" aria-label="{name}"></svg>')
-
-
-def changed(report: schema.Report, **changes: Any) -> schema.Report:
-    """A copy in which a/0/b=value replaces report.a[0].b, validated anew."""
-    value = report.model_dump(mode="json")
-    for path, new in changes.items():
-        *outer, last = [int(key) if key.isdigit() else key for key in path.split("/")]
-        inside: Any = value
-        for key in outer:
-            inside = inside[key]
-        inside[last] = new
-    return schema.Report.model_validate(value)
-
-
-class Outline(HTMLParser):
-    """The tags and the visible text of a page; fails where tags are not closed in order."""
-
-    VOID = frozenset({"meta", "br", "col", "img", "link", "input"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.text: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
-            self.text.append(data)
-
-    @property
-    def words(self) -> str:
-        return " ".join(" ".join(self.text).split())
 
 
 # the records and their documentation

@@ -10,13 +10,13 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pages import Outline, changed
 from pydantic import BaseModel, ValidationError
 
 from edge_sdss import files
@@ -332,52 +332,6 @@ def rendered(report: RunReport) -> str:
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves the drawings out, for tests of what is around them."""
     monkeypatch.setattr(plots, "svg", lambda name, inches, draw, alt: f'<svg role="img" aria-label="{name}"></svg>')
-
-
-def changed(report: RunReport, **changes: Any) -> RunReport:
-    """A copy in which a/b=value replaces report.a.b, validated anew."""
-    value = report.model_dump(mode="json")
-    for path, new in changes.items():
-        *outer, last = path.split("/")
-        inside = value
-        for key in outer:
-            inside = inside[key]
-        inside[last] = new
-    return RunReport.model_validate(value)
-
-
-class Outline(HTMLParser):
-    """Collects what a reader's program needs from a page: tags, attributes, ids, headings, visible text."""
-
-    VOID = frozenset({"meta", "br", "col", "img", "link", "input"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.text: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag, f"</{tag}> out of order"
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
-            self.text.append(data)
-
-    @property
-    def words(self) -> str:
-        return " ".join(" ".join(self.text).split())
 
 
 def models(model: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[type[BaseModel]]:

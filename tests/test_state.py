@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
+import trees
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -72,11 +74,7 @@ X86: dict[str, object] = {
 }
 
 
-def plant(root: Path, files: dict[str, object]) -> Tree:
-    for path, held in files.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(f"{held}\n", encoding="utf-8")
-    return Tree(root, faults={})  # as a recording, no command is run
+plant = partial(trees.plant, faults={})  # as a recording, no command is run
 
 
 def test_an_orin(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from trees import plant
 
 from edge_sdss.errors import SensorUnavailable
 from edge_sdss.sensors import Sensor, Total, discover, thermal
@@ -29,13 +30,6 @@ ZONES = {
 POLICY = "sys/devices/system/cpu/cpufreq/policy"
 GPU = "sys/class/devfreq/17000000.gpu/cur_freq"
 EMC = "sys/kernel/debug/bpmp/debug/clk/emc/rate"
-
-
-def plant(root: Path, files: dict[str, object]) -> Tree:
-    for path, held in files.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(f"{held}\n", encoding="utf-8")
-    return Tree(root)
 
 
 def orin() -> dict[str, object]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_ceiling import GIB, MIB, gpu, plant, process, v1, v2
+from trees import GIB, MIB, gpu, plant, process, v1, v2
 
 from edge_sdss.tuning.outofmemory import is_out_of_memory
 from edge_sdss.tuning.watchdog import OverBudget, Watchdog, limit_cuda, rlimit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 TEXT = (
     "The cat sat on the mat and looked at the rain. What should I cook for dinner tonight? "
@@ -16,6 +17,19 @@ TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+class Bare:
+    """As much of a language model as `adapter` asks for."""
+
+    adapter = None
+    fingerprint = "f"
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def attach(self, _adapter: Path | None) -> None:
+        pass
 
 
 def tiny_model(folder: Path, *, seed: int = 0, width: int = 64, template: str | None = TEMPLATE) -> Path:

@@ -1,12 +1,22 @@
-"""The records of a bundle's manifest.json. Knows nothing of where a bundle lies or how it is switched."""
+"""A bundle's manifest.json: its records, and whether a folder holds what it says.
+
+Knows nothing of where bundles are kept or how one is switched for another.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from edge_sdss.errors import InputError, message
+from edge_sdss.files import read_record, replace, sha256
+
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
 
 Precision = Literal["float32", "float16", "int8", "int4"]
 KvCache = Literal["growing", "shared"]
@@ -71,7 +81,11 @@ class Graph(_Record):
 
 
 class AdapterEntry(_Record):
-    """An adapter. `source_sha256` is of its adapter_model.safetensors; `scale` is alpha / r, folded into B."""
+    """An adapter. `source_sha256` is of its adapter_model.safetensors; `scale` is alpha / r, folded into B.
+
+    Where PEFT's patterns give modules their own: `rank` is the largest, `scale` that of modules without a pattern.
+    `probe` is a file of `bundles.checks.Probe`: what PEFT computes with this adapter.
+    """
 
     name: str
     file: FileEntry
@@ -79,6 +93,7 @@ class AdapterEntry(_Record):
     scale: float
     base_fingerprint: str
     source_sha256: str
+    probe: FileEntry | None = None
 
 
 class Check(_Record):
@@ -93,7 +108,10 @@ class Check(_Record):
 
 
 class Manifest(_Record):
-    """What is in a bundle. `base_fingerprint` is `LanguageModel.fingerprint` of the model it was made from."""
+    """What is in a bundle. `base_fingerprint` is `LanguageModel.fingerprint` of the model it was made from.
+
+    `files` are all but manifest.json and what `adapters` name. `tokenizer_sha256` is of the folder's tokenizer.json.
+    """
 
     schema_version: Literal["1"] = "1"
     base: str
@@ -109,3 +127,99 @@ class Manifest(_Record):
     made_with: dict[str, str] = Field({}, description="package: version")
     notes: tuple[str, ...] = ()
     settings: dict[str, Any] = Field({}, description="what the export was asked for")
+
+    @property
+    def entries(self) -> Iterator[FileEntry]:
+        """Every file of the bundle but manifest.json itself."""
+        yield from self.files
+        for adapter in self.adapters:
+            yield adapter.file
+            if adapter.probe:
+                yield adapter.probe
+
+    def adapter(self, name: str) -> AdapterEntry:
+        """Returns an adapter by name. Raises InputError where there is none of that name."""
+        for entry in self.adapters:
+            if entry.name == name:
+                return entry
+        known = ", ".join(entry.name for entry in self.adapters) or "no adapter at all"
+        raise InputError(message(f"use adapter {name}", f"the bundle has {known}", "name one of these or deploy it"))
+
+
+def entry(folder: Path, path: str) -> FileEntry:
+    """Returns size and hash of the file at `path`, relative to `folder`."""
+    file = folder / path
+    return FileEntry(path=PurePosixPath(path).as_posix(), sha256=sha256(file), size_bytes=file.stat().st_size)
+
+
+def load(folder: Path) -> Manifest:
+    """Returns the manifest of the bundle in `folder`; says nothing of its files, see `verify`.
+
+    Raises InputError where there is none, or one that is wrong or of another version.
+    """
+    return read_record(folder / MANIFEST, Manifest, "a bundle's manifest.json")
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Writes manifest.json, at once or not at all. Raises InputError where it cannot be written."""
+    replace(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+
+
+def verify(folder: Path) -> Manifest:
+    """Returns the manifest after every file's size and SHA-256 were found to be as it says.
+
+    Raises InputError, which names the file and its fault: missing, of another size, of other bytes, outside of the
+    folder or named twice; or an adapter of another base.
+    """
+    manifest = load(folder)
+    _check_bindings(folder, manifest)
+    for one in manifest.entries:
+        fault = _fault(folder, one)
+        if fault:
+            raise InputError(_asked(folder, f"{one.path} {fault}"))
+    return manifest
+
+
+def _check_bindings(folder: Path, manifest: Manifest) -> None:
+    paths = [one.path for one in manifest.entries]
+    names = [adapter.name for adapter in manifest.adapters]
+    for what, values in (("file", paths), ("adapter", names)):
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            raise InputError(_asked(folder, f"it names the {what} {twice[0]} twice"))
+    for needed in (manifest.graph.file, TOKENIZER):
+        if needed not in paths:
+            raise InputError(_asked(folder, f"it does not name the file {needed}"))
+    if manifest.active is not None and manifest.active not in names:
+        raise InputError(_asked(folder, f"its active adapter {manifest.active} is not among its adapters"))
+    tokenizer = next(one.sha256 for one in manifest.files if one.path == TOKENIZER)
+    if tokenizer != manifest.tokenizer_sha256:
+        raise InputError(_asked(folder, f"{TOKENIZER} is another one than the model's, by its SHA-256"))
+    for adapter in manifest.adapters:
+        if adapter.base_fingerprint != manifest.base_fingerprint:
+            of, here = adapter.base_fingerprint[:12], manifest.base_fingerprint[:12]
+            raise InputError(_asked(folder, f"adapter {adapter.name} is of base {of}, the bundle's is {here}"))
+
+
+def _fault(folder: Path, one: FileEntry) -> str | None:
+    pure = PurePosixPath(one.path)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in one.path or one.path in ("", ".", MANIFEST):
+        return "is no path inside of a bundle"
+    file = folder / one.path
+    try:
+        if not file.resolve().is_relative_to(folder.resolve()):
+            return "leads out of the bundle"
+        size = os.stat(file).st_size
+        if not file.is_file():
+            return "is no file"
+        if size != one.size_bytes:
+            return f"has {size} bytes, not {one.size_bytes}"
+        return None if sha256(file) == one.sha256 else "has other bytes than when the bundle was made, by its SHA-256"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read, {error.strerror}"
+
+
+def _asked(folder: Path, found: str) -> str:
+    return message(f"verify the bundle {folder}", found, "export it anew, or roll back")

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from edge_sdss import boards, device, sensors
+from edge_sdss import boards, device, processes, sensors
 from edge_sdss.doctor._finding import LEAST_FREE_BYTES, Finding, gib, line, parts
 from edge_sdss.errors import SensorUnavailable
 from edge_sdss.tree import Tree
@@ -41,11 +41,11 @@ def board(tree: Tree) -> Iterator[Finding]:
 
 def memory(tree: Tree) -> Iterator[Finding]:
     """Memory and swap."""
-    sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB", tree.maybe("proc/meminfo") or "", re.M))
+    sizes = processes.sizes(tree, "proc/meminfo")
     if "MemTotal" not in sizes:
         yield "memory", "n.a.", "there is no /proc/meminfo", ""
         return
-    total, free, swap = (int(sizes.get(key, 0)) * 1024 for key in ("MemTotal", "MemAvailable", "SwapTotal"))
+    total, free, swap = (sizes.get(key, 0) for key in ("MemTotal", "MemAvailable", "SwapTotal"))
     short = free < LEAST_FREE_BYTES
     do = "close other programs, or lower tuning.batch_size and tuning.max_tokens" if short else ""
     yield "memory", "warn" if short else "ok", f"{gib(total)}, {gib(free)} available", do

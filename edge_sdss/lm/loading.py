@@ -78,8 +78,9 @@ def load(folder: Path, dtype: Any, hold: Hold | None = None) -> tuple[Any, Any]:
                 raise InputError(message(asked, f"it is a {names[0]}", "give a causal language model"))
             model = None if hold is None else assemble(folder, config, hold)
             if model is None:
-                options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-                model, told = AutoModelForCausalLM.from_pretrained(folder, **options, **local)
+                options: Any = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **local}
+                loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+                model, told = loaded
                 if missing := sorted(told["missing_keys"]):  # they would be random numbers
                     raise InputError(message(asked, f"{missing[0]} is not in it", "give the model's whole folder"))
     except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 MINUS, NONE = "\N{MINUS SIGN}", "\N{EN DASH}"
 
-__all__ = ["count", "duration", "figures", "num", "plural", "quantity", "share", "signed", "size"]
+__all__ = ["count", "duration", "figures", "mib", "num", "plural", "quantity", "share", "signed", "size"]
 
 _BINARY = ("bytes", "KiB", "MiB", "GiB", "TiB")
 _PREFIXES = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G"}
@@ -36,6 +36,11 @@ def size(value: float | None) -> str:
         return NONE
     divisor, unit = prefixed(value, "bytes")
     return f"{value / divisor:.{0 if unit == 'bytes' else 1}f} {unit}"
+
+
+def mib(value: float) -> str:
+    """Formats bytes in whole MiB, for texts that compare several."""
+    return f"{value / (1 << 20):.0f} MiB"
 
 
 def duration(value: float | None) -> str:

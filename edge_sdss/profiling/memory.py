@@ -14,18 +14,16 @@ Sources: proc(5); kernel documentation, filesystems/proc and admin-guide/cgroup-
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any
 
+from edge_sdss import cgroups, processes
 from edge_sdss.profiling import schema
-from edge_sdss.sensors import thermal
+from edge_sdss.profiling.state import available_bytes
 from edge_sdss.tree import Tree
 
 Samples = Iterable[float | None]
@@ -51,7 +49,7 @@ class Watch:
     def __enter__(self) -> Watch:
         for outer in _watching:
             outer._keep()  # resetting below takes it from them
-        self._before = _available_bytes(self._tree)
+        self._before = available_bytes(self._tree)
         self._cgroup = _CgroupPeak(self._tree)
         self._peak_before = None if _reset_rss_peak(self._tree) else _peak_rss(self._tree)
         _reset_torch()
@@ -63,10 +61,10 @@ class Watch:
     ) -> None:
         self._keep()
         _watching.remove(self)
-        rollup = _kilobytes(self._tree, "proc/self/smaps_rollup")
-        rss, uss = _kilobytes(self._tree, "proc/self/status").get("VmRSS"), _uss(rollup)
-        if rss is None and self._tree.root.resolve() == Tree().root:
-            rss, uss = _portable()
+        rollup = processes.sizes(self._tree, "proc/self/smaps_rollup")
+        rss, uss = processes.sizes(self._tree, "proc/self/status").get("VmRSS"), _uss(rollup)
+        if rss is None and self._tree.root.resolve() == Tree().root and (found := processes.portable(uss=True)):
+            rss, uss = found.rss, found.uss
         self.result = schema.Memory(
             peak_rss_bytes=self._peak_rss(),
             rss_bytes=rss,
@@ -96,7 +94,7 @@ class Watch:
     def _drop(self) -> int | None:
         samples = self._available() if callable(self._available) else self._available
         known = [value for value in samples if value is not None and math.isfinite(value)]
-        after = _available_bytes(self._tree)
+        after = available_bytes(self._tree)
         if self._before is None or after is None:
             return None
         if not known:
@@ -107,8 +105,7 @@ class Watch:
 def release() -> None:
     """Gives back what nothing uses, garbage and the allocator's free pages, so that a peak is not an earlier one's."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
-        ctypes.CDLL(None).malloc_trim(0)
+    processes.trim()
 
 
 class _CgroupPeak:
@@ -151,21 +148,12 @@ class _CgroupPeak:
 
 
 def _cgroup_file(tree: Tree) -> str | None:
-    """Path of the file with the peak; in a container the cgroup's folder may be mounted as the root."""
-    for line in (thermal.text(tree, "proc/self/cgroup") or "").splitlines():
-        number, controllers, path = ([*line.split(":", 2), "", ""])[:3]
-        if number == "0" and not controllers:
-            roots, name = ["sys/fs/cgroup", "sys/fs/cgroup/unified"], "memory.peak"
-        elif "memory" in controllers.split(","):
-            roots, name = ["sys/fs/cgroup/memory"], "memory.max_usage_in_bytes"
-        else:
-            continue
-        inner = path.strip("/")
-        below = [f"{root}/{inner}" for root in roots] if inner and ".." not in inner else []
-        for folder in (*below, *roots):
-            if tree.exists(f"{folder}/{name}"):
-                return f"{folder}/{name}"
-    return None
+    """Path of the file with the peak of the process's own cgroup; None where there is none."""
+    group = cgroups.own(tree)
+    if group is None or group.folder is None:
+        return None
+    file = f"{group.folder}/{cgroups.PEAK[group.version]}"
+    return file if tree.exists(file) else None
 
 
 def _reset_rss_peak(tree: Tree) -> bool:
@@ -183,7 +171,7 @@ def _reset_rss_peak(tree: Tree) -> bool:
 
 
 def _peak_rss(tree: Tree) -> int | None:
-    peak = _kilobytes(tree, "proc/self/status").get("VmHWM")
+    peak = processes.sizes(tree, "proc/self/status").get("VmHWM")
     if peak is None and tree.root.resolve() == Tree().root and sys.platform != "win32":
         import resource
 
@@ -191,49 +179,19 @@ def _peak_rss(tree: Tree) -> int | None:
     return peak
 
 
-def _portable() -> tuple[int | None, int | None]:
-    """RSS and USS without /proc, in bytes."""
-    try:
-        import psutil
-
-        found = psutil.Process().memory_full_info()
-        return found.rss, getattr(found, "uss", None)
-    except Exception:  # psutil is missing or was denied
-        return None, None
-
-
 def _uss(rollup: dict[str, int]) -> int | None:
     known = [rollup[name] for name in ("Private_Clean", "Private_Dirty", "Private_Hugetlb") if name in rollup]
     return sum(known) if known else None
 
 
-def _kilobytes(tree: Tree, path: str) -> dict[str, int]:
-    """Lines such as `VmRSS:  123 kB` of a file, in bytes."""
-    lines = re.findall(r"^(\w+):\s+(\d{1,15}) kB$", thermal.text(tree, path) or "", re.MULTILINE)
-    return {name: int(kilobytes) * 1024 for name, kilobytes in lines}
-
-
-def _available_bytes(tree: Tree) -> int | None:
-    return _kilobytes(tree, "proc/meminfo").get("MemAvailable")
-
-
-def _cuda() -> Any:
-    """torch.cuda where torch is loaded and CUDA in use; None else. Never loads it."""
-    cuda = getattr(sys.modules.get("torch"), "cuda", None)
-    try:
-        return cuda if cuda is not None and cuda.is_initialized() else None
-    except Exception:  # torch is half loaded
-        return None
-
-
 def _reset_torch() -> None:
-    if cuda := _cuda():
+    if cuda := processes.cuda():
         for device in range(cuda.device_count()):
             cuda.reset_peak_memory_stats(device)
 
 
 def _torch_peaks() -> dict[str, int]:
-    if not (cuda := _cuda()):
+    if not (cuda := processes.cuda()):
         return {}
     devices = range(cuda.device_count())
     return {

@@ -19,6 +19,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 
+from edge_sdss import processes
 from edge_sdss.profiling import schema
 from edge_sdss.sensors import Kind, thermal
 from edge_sdss.tree import Tree
@@ -71,8 +72,7 @@ def governors(tree: Tree) -> dict[str, str]:
 
 def available_bytes(tree: Tree) -> int | None:
     """MemAvailable of proc/meminfo."""
-    found = re.search(r"^MemAvailable:\s+(\d{1,15}) kB", thermal.text(tree, "proc/meminfo") or "", re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    return processes.sizes(tree, "proc/meminfo").get("MemAvailable")
 
 
 def _power_mode(tree: Tree) -> str | None:

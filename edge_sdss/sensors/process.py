@@ -14,18 +14,17 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from edge_sdss import cgroups
 from edge_sdss.errors import SensorUnavailable, message
 from edge_sdss.sensors import Channel, Clock, Reading, Total
 from edge_sdss.tree import Tree
 
 ASKED = "read this process's memory (process)"
 TICKS_PER_S = 100.0  # USER_HZ, in which /proc counts on every architecture of interest, whatever the kernel's HZ
-CGROUP_FILES = {"cgroup": "memory.usage_in_bytes", "cgroup2": "memory.current"}
 
 Take = Callable[[], dict[str, "float | None"]]
 """Returns the memory figures in bytes and `cpu`, the processor time so far, in seconds."""
@@ -127,40 +126,15 @@ def _number(text: str) -> float | None:
 
 def cgroup_file(tree: Tree) -> tuple[str | None, str]:
     """Returns the file that counts the memory of this process's own cgroup; else None, and why."""
-    groups = {}
-    for line in (tree.maybe("proc/self/cgroup") or "").splitlines():
-        controllers, _, path = line.partition(":")[2].partition(":")
-        if not controllers:
-            groups["cgroup2"] = path
-        elif "memory" in controllers.split(","):
-            groups["cgroup"] = path
-    if not groups:
+    group = cgroups.own(tree)
+    if group is None:
         return None, "the process is in no memory cgroup"
-    kind = "cgroup" if "cgroup" in groups else "cgroup2"  # where both are mounted, v1 has the controller
-    for root, point in _mounts(tree, kind):
-        group = groups[kind]
-        if (root != "/" and group != root and not group.startswith(f"{root}/")) or ".." in group.split("/"):
-            continue
-        below = group if root == "/" else group[len(root) :]
-        file = "/".join(part.strip("/") for part in (point, below, CGROUP_FILES[kind]) if part.strip("/"))
-        if _number(_text(tree, file)) is not None:
-            return file, ""
+    if group.folder is None:
+        return None, f"its cgroup {group.path} is not below any mount"
+    file = f"{group.folder}/{cgroups.USAGE[group.version]}"
+    if _number(_text(tree, file)) is None:
         return None, f"/{file} cannot be read; a root cgroup has none"
-    return None, f"its cgroup {groups[kind]} is not below any mount"
-
-
-def _mounts(tree: Tree, kind: str) -> list[tuple[str, str]]:
-    """(folder of the file system that is mounted, where) of the memory cgroups."""
-    found = []
-    for line in (tree.maybe("proc/self/mountinfo") or "").splitlines():
-        left, _, right = line.partition(" - ")
-        fields, system = left.split(" "), right.split(" ")
-        if len(fields) < 6 or system[0] != kind:
-            continue
-        if kind == "cgroup2" or "memory" in system[-1].split(","):
-            root, point = (re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), field) for field in fields[3:5])
-            found.append((root, point))
-    return found
+    return file, ""
 
 
 def _import(tree: Tree) -> Any:

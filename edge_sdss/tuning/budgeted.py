@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, Any
 from edge_sdss import config, default_model
 from edge_sdss.errors import BudgetExceeded, ConfigError, InputError, message
 from edge_sdss.lm import LanguageModel, loading
+from edge_sdss.page.formats import mib
+from edge_sdss.processes import sizes
 from edge_sdss.tree import Tree
-from edge_sdss.tuning import adapter, outofmemory, pacing, planner, shapes, trainer
-from edge_sdss.tuning.ceiling import shares_memory, sizes
+from edge_sdss.tuning import adapter, libraries, outofmemory, pacing, planner, shapes, trainer
+from edge_sdss.tuning.ceiling import shares_memory
 from edge_sdss.tuning.fit import LEAST_CHUNK, Fit
 from edge_sdss.tuning.limit import lower_limit
 from edge_sdss.tuning.records import Round
@@ -42,11 +44,9 @@ DEATHS = 12
 LOADS = 3
 """So often, in a row, loading is tried where nobody says why the process was ended."""
 
-_GLIBC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+GLIBC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 """Else glibc raises the size from which it gives freed memory back: 1364 MiB instead of 1038 were seen (135M, fp32)."""
 
-_RUNTIME_BYTES = 100 << 20  # no Python with torch takes less; the child knows better
-_MIB = 1 << 20
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -77,7 +77,7 @@ def train(
     """
     folder = loading.find(model.name, progress)
     if budget_bytes is not None:
-        _refuse_below(_least_bytes(folder, model, settings), _RUNTIME_BYTES, budget_bytes)
+        _refuse_below(_least_bytes(folder, model, settings), libraries.least_bytes(), budget_bytes)
     course = _Course(fit or Fit.of(settings), on_event)
     payload = {
         "model": model.model_dump(mode="json"),
@@ -90,7 +90,7 @@ def train(
         "budget_bytes": budget_bytes,
     }
     segments = outofmemory.expandable_segments(default_model.cache())
-    pinned = {name: value for name, value in _GLIBC.items() if name not in os.environ}
+    pinned = {name: value for name, value in GLIBC.items() if name not in os.environ}
     env = pinned | outofmemory.allocator_environment(segments, os.environ)
     while True:
         begin = {"fit": asdict(course.fit), "stepped_down": course.stepped_down}
@@ -140,7 +140,7 @@ class _Course:
             return  # no smaller fit loads a model with less
         smaller = self.fit.smaller() if was_ready else None
         if smaller is None or self._deaths >= DEATHS:
-            asked = "tune the model" + ("" if budget_bytes is None else f" in {budget_bytes / _MIB:.0f} MiB")
+            asked = "tune the model" + ("" if budget_bytes is None else f" in {mib(budget_bytes)}")
             when = f"with {self.fit.words}" if was_ready else "while the model was loaded"
             found = f"the process was ended {when}, {why.rstrip('.')}"
             do = "free or allow more memory and run it again, which goes on from the last checkpoint"
@@ -157,7 +157,7 @@ def in_child(payload: dict[str, Any], channel: Channel) -> None:
     loading.torch_module()
     if budget_bytes is not None and not _own_memory(loading.device_of(model.device)):
         least = _least_bytes(loading.find(model.name, channel.progress), model, settings)
-        _refuse_below(least, _memory("VmRSS"), budget_bytes)
+        _refuse_below(least, max(_memory("VmRSS"), libraries.least_bytes()), budget_bytes)
     lm = _loaded(model, settings, channel)
     with _conditions(payload, settings, lm, channel) as conditions:
         trainer.train(
@@ -236,9 +236,11 @@ def planned(model: config.Model, settings: config.Tuning, budget_bytes: int) -> 
 
     Raises BudgetExceeded, with the least that would do, where none does.
     """
+    folder = loading.find(model.name, no_progress)
+    _refuse_below(_least_bytes(folder, model, settings), libraries.least_bytes(), budget_bytes)  # at once
     try:
-        known = shapes.of(loading.find(model.name, no_progress) / "config.json")
-        runtime = planner.runtime_bytes()
+        known = shapes.of(folder / "config.json")
+        runtime = libraries.runtime_bytes()
         return planner.plan(known, budget_bytes, settings, runtime_bytes=runtime, loaded=model.dtype).fit
     except (InputError, ConfigError):
         return None
@@ -257,7 +259,7 @@ def _least_bytes(folder: Path, model: config.Model, settings: config.Tuning) -> 
 
 def _refuse_below(least: int | None, runtime: int, budget_bytes: int) -> None:
     if least is not None and least + runtime > budget_bytes:
-        found = f"model, adapter and the shortest step take {least / _MIB:.0f} MiB, "
-        found += f"Python and torch {runtime / _MIB:.0f} MiB"
-        do = f"allow at least {(least + runtime) / _MIB + 1:.0f} MiB, or hold the weights in fewer bits"
-        raise BudgetExceeded(message(f"tune the model in {budget_bytes / _MIB:.0f} MiB", found, do))
+        found = f"model, adapter and the shortest step take {mib(least)}, "
+        found += f"Python and torch {mib(runtime)}"
+        do = f"allow at least {mib(least + runtime + (1 << 20))}, or hold the weights in fewer bits"
+        raise BudgetExceeded(message(f"tune the model in {mib(budget_bytes)}", found, do))

@@ -79,6 +79,26 @@ class Checkpoints:
         for path in self._paths()[_KEPT:]:
             shutil.rmtree(path)
 
+    def put_best(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps the weights after `step`, whole or not at all, until the round ends."""
+        from safetensors.torch import save_file
+
+        partial = self.folder / ".best.partial"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: _plain(tensor) for name, tensor in tensors.items()}, partial)
+        _sync(partial)
+        os.rename(partial, self._best(step))
+        _sync(self.folder)
+
+    def best(self, step: int) -> dict[str, Tensor]:
+        """Returns what `put_best` was given after `step`."""
+        from safetensors.torch import load_file
+
+        return load_file(self._best(step))
+
+    def _best(self, step: int) -> Path:
+        return self.folder / f"best-{step:06d}.safetensors"
+
     def remove(self) -> None:
         """Deletes the checkpoints."""
         shutil.rmtree(self.folder, ignore_errors=True)

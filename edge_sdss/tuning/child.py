@@ -21,9 +21,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from edge_sdss.processes import sizes
 from edge_sdss.tree import Tree
 from edge_sdss.tuning import outofmemory
-from edge_sdss.tuning.ceiling import sizes
 
 GRACE_S = 30.0  # for a checkpoint, after the wish to stop
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_sdss import config
 from edge_sdss.errors import BudgetExceeded, message
+from edge_sdss.page.formats import mib
 from edge_sdss.tuning import adapter
 from edge_sdss.tuning.checkpoint import Checkpoints, State, fresh
 from edge_sdss.tuning.child import Stopped
@@ -21,6 +22,7 @@ from edge_sdss.tuning.fit import Fit
 from edge_sdss.tuning.outofmemory import free, is_out_of_memory
 from edge_sdss.tuning.pacing import Pace, Unhurried
 from edge_sdss.tuning.records import Step
+from edge_sdss.tuning.stopping import Stopping, split
 from edge_sdss.types import Example, Progress
 
 if TYPE_CHECKING:
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from edge_sdss.tuning.watchdog import Watchdog
 
 _PATIENCE_S = 5.0  # for others on the machine to give memory back
-_MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Conditions:
     """Under which a round is trained: what it keeps to, and whom it tells.
 
     `fit` is what to begin with, None for the plain one; `stepped_down` what was given up already. `check` raises
-    Stopped where the round is to end. `on_event` hears {"step": ...} after each step, {"stepped_down": ...}
-    where memory ran out. `facts` are asked at the end, for the card.
+    Stopped where the round is to end. `on_event` hears {"step": ...} after each step, {"held_out": ...} after an
+    epoch with patience, {"stepped_down": ...} where memory ran out. `facts` are asked at the end, for the card.
     """
 
     fit: Fit | None = None
@@ -66,7 +67,9 @@ class Course:
         conditions: Conditions,
         progress: Progress,
     ):
-        self._lm, self._examples, self._settings = lm, examples, settings
+        self._lm, self._settings = lm, settings
+        self._examples, self._held_out = split(examples, settings)
+        self._stopping = self._begun(())
         self._checkpoints, self._conditions, self._progress = checkpoints, conditions, progress
         self._fit = conditions.fit or Fit.of(settings)
         self._stepped_down = list(conditions.stepped_down)
@@ -91,41 +94,61 @@ class Course:
     def _steps(self, adapted: adapter.Trainable) -> dict[str, Any]:
         from edge_sdss.tuning.steps import Optimisation
 
-        run = Optimisation(adapted, self._encoded(self._settings.max_tokens), self._settings, self._check)
+        encoded = self._encoded(self._settings.max_tokens, self._examples)
+        run = Optimisation(adapted, encoded, self._settings, self._check)
         self._resume(run)
         self._progress("tune", len(run.done), run.steps)
         try:
-            while len(run.done) < run.steps:
+            while True:
+                self._measure_if_due(run)
+                if len(run.done) == run.steps or self._stopping.over:
+                    break
                 self._conditions.pace.before_step()
-                self._step(run)
+                self._insist(run, lambda: run.advance(self._fit))
+                self._tell(run)
                 if len(run.done) % self._settings.checkpoint_every == 0 and len(run.done) < run.steps:
                     self._keep(run)
         except (Stopped, KeyboardInterrupt):
             self._keep(run)
             raise
+        if self._stopping.best is not None:
+            run.put_weights(self._checkpoints.best(self._stopping.best))
         return self._measured(run)
 
-    def _step(self, run: Optimisation) -> None:
-        """One step, in as many attempts as it takes."""
-        while (caught := _attempt(run, self._fit)) is not None:
+    def _measure_if_due(self, run: Optimisation) -> None:
+        """At the end of an epoch, the loss of what is held out; the weights are kept where it is the lowest so far."""
+        step = len(run.done)
+        if not self._stopping.due(step, run.steps_each):
+            return
+        losses: list[float] = []
+        held_out = self._held_out
+        self._insist(run, lambda: losses.append(run.measure(self._encoded(self._fit.max_tokens, held_out), self._fit)))
+        self._stopping.measured.append({"step": step, "loss": losses[0]})
+        if self._stopping.best == step:
+            self._checkpoints.put_best(step, run.weights)
+        told = {"step": step, "loss": losses[0], "best": self._stopping.best, "over": self._stopping.over}
+        self._conditions.on_event({"held_out": told})
+
+    def _insist(self, run: Optimisation, work: Callable[[], None]) -> None:
+        """Does work in as many attempts as it takes."""
+        while (caught := _attempt(work)) is not None:
             why = (str(caught).splitlines() or [type(caught).__name__])[0][:200]
             run.discard()
             free(caught)
             caught = None
             self._step_down(run, why)
-        self._tell(run)
 
     def _step_down(self, run: Optimisation, why: str) -> None:
         smaller, watch = self._fit.smaller(), self._conditions.watch
         if smaller is None or (watch is not None and not _recovers(watch)):
             self._keep(run)
-            asked = "tune the model" if watch is None else f"tune the model in {watch.budget_bytes / _MIB:.0f} MiB"
+            asked = "tune the model" if watch is None else f"tune the model in {mib(watch.budget_bytes)}"
             found = f"out of memory at step {len(run.done) + 1} with {self._fit.words}, {why}"
             do = "free or allow more memory and run it again, or lower tuning.rank, top_layers or weights"
             raise BudgetExceeded(message(asked, found, do))
         told = {"step": len(run.done) + 1, "words": smaller.instead_of(self._fit), "why": why, "fit": asdict(smaller)}
         if smaller.max_tokens != self._fit.max_tokens:
-            run.shorten(self._encoded(smaller.max_tokens))
+            run.shorten(self._encoded(smaller.max_tokens, self._examples))
         self._fit = smaller
         self._stepped_down.append(told)
         self._conditions.on_event({"stepped_down": told})
@@ -137,8 +160,8 @@ class Course:
         if self._conditions.watch is not None:
             self._conditions.watch.check()
 
-    def _encoded(self, max_tokens: int) -> list[Encoded]:
-        return [self._lm.encode(example, max_tokens) for example in self._examples]
+    def _encoded(self, max_tokens: int, examples: Sequence[Example]) -> list[Encoded]:
+        return [self._lm.encode(example, max_tokens) for example in examples]
 
     def _tell(self, run: Optimisation) -> None:
         last, watch = run.done[-1], self._conditions.watch
@@ -162,6 +185,8 @@ class Course:
             "peak_tensor_bytes": run.peak_tensor_bytes,
             "fit": asdict(self._fit),
             "stepped_down": self._stepped_down,
+            "held_out": self._stopping.measured,
+            "best_step": self._stopping.best,
             **self._conditions.facts(),
             "losses": [asdict(step) for step in run.done],
         }
@@ -176,6 +201,7 @@ class Course:
             "peak_tensor_bytes": run.peak_tensor_bytes,
             "fit": asdict(self._fit),
             "stepped_down": self._stepped_down,
+            "held_out": self._stopping.measured,
         }
         try:
             self._checkpoints.write(State(done, run.tensors(), record))
@@ -185,7 +211,11 @@ class Course:
                 raise
             self._conditions.on_event({"note": f"no checkpoint after step {done}: {error}"})
 
+    def _begun(self, measured: Sequence[Mapping[str, Any]]) -> Stopping:
+        return Stopping(self._settings.patience if self._held_out else None, measured)
+
     def _resume(self, run: Optimisation) -> None:
+        self._stopping = self._begun(())
         state = self._checkpoints.newest()
         if state is not None:
             record = state.record
@@ -193,15 +223,16 @@ class Course:
             self._fit = self._fit.within(Fit(**record["fit"]))
             earlier = record["stepped_down"]
             self._stepped_down = [*earlier, *(each for each in self._stepped_down if each not in earlier)]
+            self._stopping = self._begun(record["held_out"])
             self._written = state.step
         if self._fit.max_tokens < self._settings.max_tokens:
-            run.shorten(self._encoded(self._fit.max_tokens))
+            run.shorten(self._encoded(self._fit.max_tokens, self._examples))
 
 
-def _attempt(run: Optimisation, fit: Fit) -> Exception | None:
-    """Does the next step. Returns an error that means out of memory, to be dealt with where no frame holds tensors."""
+def _attempt(work: Callable[[], None]) -> Exception | None:
+    """Does work. Returns an error that means out of memory, to be dealt with where no frame holds tensors."""
     try:
-        run.advance(fit)
+        work()
     except Exception as error:
         if not is_out_of_memory(error):
             raise

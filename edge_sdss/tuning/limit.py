@@ -44,6 +44,10 @@ from edge_sdss.tuning.shapes import Architecture
 # NF4 (Dettmers et al., arXiv 2305.14314) has a scale of 8 bits for 64 weights, and one of 32 for 256 scales.
 WEIGHT_BITS = MappingProxyType({"float32": 32.0, "bfloat16": 16.0, "int8": 8.0, "nf4": 4 + 8 / 64 + 32 / (64 * 256)})
 
+ADAM_BLOCK = 256
+ADAM_8BIT_BYTES = 2 * (1 + 4 / ADAM_BLOCK)
+"""Of a weight: two moments in 8 bits, with a scale of 32 for 256 of them (arXiv 2110.02861)."""
+
 _INTO_ATTENTION = {"q_proj", "k_proj", "v_proj", "qkv_proj"}
 _INTO_MLP = {"gate_proj", "up_proj", "gate_up_proj"}
 

@@ -21,7 +21,6 @@ CUBLAS_STATUS_NOT_INITIALIZED is not among them: it may as well be an index out 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import gc
 import json
@@ -37,9 +36,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from edge_sdss import files
+from edge_sdss import cgroups, files, processes
 from edge_sdss.tree import Tree
-from edge_sdss.tuning.ceiling import cgroup_folders, cuda
 from edge_sdss.tuning.watchdog import OverBudget
 
 _FACES = re.compile(
@@ -87,10 +85,9 @@ def free(error: BaseException | None = None) -> None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
     gc.collect()
-    if device := cuda():
+    if device := processes.cuda():
         device.empty_cache()
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    processes.trim()
 
 
 def oom_kills(tree: Tree | None = None) -> int | None:
@@ -99,7 +96,7 @@ def oom_kills(tree: Tree | None = None) -> int | None:
     To be asked before and after. None where the kernel does not count.
     """
     tree = tree or Tree()
-    paths = [f"{folder}/{name}" for folder in cgroup_folders(tree) for name in ("memory.events", "memory.oom_control")]
+    paths = [f"{folder}/{name}" for folder in cgroups.folders(tree) for name in ("memory.events", "memory.oom_control")]
     for path in (*paths, "proc/vmstat"):
         found = re.search(r"^oom_kill (\d+)$", tree.maybe(path) or "", re.MULTILINE)
         if found:

@@ -1,7 +1,7 @@
 """Chooses how a step is cut so that it fits a budget of memory: of all that fit, what should be fastest.
 
 More memory only adds to what can be chosen from, so it is never slower by the same reckoning. Knows nothing
-of how a step is done, nor, but for `runtime_bytes` and `calibrate`, of this machine.
+of how a step is done, nor, but for `calibrate`, of this machine.
 
 The time of a step is reckoned in multiply-adds. Frozen weights are passed twice, forward and backward, and
 with checkpoints all but a layer's last product once more. Each pass has a constant cost, as if it had so many
@@ -10,12 +10,6 @@ more tokens; a weight of few bits is decoded in each pass. The constants are rou
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
-import platform
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -23,25 +17,20 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from edge_sdss import config
-from edge_sdss.default_model import cache
 from edge_sdss.errors import BudgetExceeded, ConfigError, InputError, message
 from edge_sdss.tuning.fit import LEAST_CHUNK, Fit
-from edge_sdss.tuning.limit import WEIGHT_BITS, Setup, lower_limit
+from edge_sdss.tuning.limit import ADAM_8BIT_BYTES, WEIGHT_BITS, Setup, lower_limit
 from edge_sdss.tuning.predict import Parts, predict
 from edge_sdss.tuning.shapes import Architecture
 
 if TYPE_CHECKING:
     import torch
 
-RUNTIME_BYTES = 450 << 20
-"""Python, torch and transformers on x86-64, rounded up: where they are not here to be measured."""
-
 _PASS_TOKENS = 32  # what a pass costs before its first token, in tokens
 _CHUNK_TOKENS = 16  # the same for a chunk of logits
 _DECODE = MappingProxyType({"int8": 8.0, "nf4": 25.0})  # multiply-adds that cost as much as to decode a weight
-_MIB = 1 << 20
-_WORKSPACE_BYTES = 32 * _MIB  # of matrix products and the allocator; 26 MiB were seen on x86-64 with one thread
-_LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
+_TOKEN_BYTES = 720  # of a tokenizer, for each token: 33 MiB were seen for 49,152
+_WORKSPACE_BYTES = 32 << 20  # of matrix products and the allocator; 26 MiB were seen on x86-64 with one thread
 
 
 @dataclass(frozen=True)
@@ -57,7 +46,7 @@ class Calibration:
 class Candidate:
     """One way to do a step. `tensor_bytes` is its peak, calibrated; `cost` is relative time per token.
 
-    `kernel_bytes` is what operations take for themselves, which no tensor shows.
+    `untracked_bytes` is what operations and the tokenizer take, which no tensor shows.
     """
 
     fit: Fit
@@ -65,13 +54,13 @@ class Candidate:
     setup: Setup
     parts: Parts
     tensor_bytes: int
-    kernel_bytes: int
+    untracked_bytes: int
     cost: float
 
     @property
     def needed_bytes(self) -> int:
         """All but the runtime."""
-        return self.tensor_bytes + self.kernel_bytes
+        return self.tensor_bytes + self.untracked_bytes
 
 
 @dataclass(frozen=True)
@@ -163,7 +152,7 @@ def setup_of(
         activation_bytes=_size(compute),
         rank=settings.rank,
         adapter_bytes=adapter,
-        optimizer_bytes=2 * adapter,
+        optimizer_bytes=2 * adapter if settings.optimizer == "adamw" else ADAM_8BIT_BYTES,
         loss_chunk=fit.loss_chunk,
         modules=None if settings.targets == "all-linear" else settings.targets,
         top_layers=settings.top_layers,
@@ -188,56 +177,6 @@ def calibrate(step: Callable[[], object], alive: Iterable[torch.Tensor], predict
     return Calibration(ratio, seconds / tokens)
 
 
-def runtime_bytes() -> int:
-    """Returns the RSS of a fresh process that has loaded all that training needs, and no model.
-
-    Measured once for each version of Python and the libraries, and kept in the user's cache. RUNTIME_BYTES where
-    they are not installed, or where that process fails.
-    """
-    try:
-        versions = [importlib.metadata.version(name) for name in _LIBRARIES]
-    except importlib.metadata.PackageNotFoundError:
-        return RUNTIME_BYTES
-    key = hashlib.sha256(" ".join([sys.executable, platform.python_version(), *versions]).encode()).hexdigest()[:12]
-    file = cache() / f"runtime-{key}.json"
-    try:
-        return int(json.loads(file.read_text(encoding="utf-8"))["rss_bytes"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    measured = _measured_runtime()
-    if measured is None:
-        return RUNTIME_BYTES
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"rss_bytes": measured}), encoding="utf-8")
-    except OSError:
-        pass  # measured again the next time
-    return measured
-
-
-_LOADS_ALL = """
-import psutil, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
-from edge_sdss.tuning import steps, trainer, budgeted
-from edge_sdss.tuning.layers import checkpointing, frozen, lora, norm
-if torch.cuda.is_available():
-    torch.zeros(1, device="cuda")
-weight = torch.zeros(64, 64, requires_grad=True)
-(weight @ weight).sum().backward()
-torch.optim.AdamW([weight], fused=True).step()
-print(psutil.Process().memory_info().rss)
-"""
-
-
-def _measured_runtime() -> int | None:
-    command = [sys.executable, "-c", _LOADS_ALL]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-        return int(done.stdout.split()[-1])
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
-
-
 def _candidates(
     architecture: Architecture,
     settings: config.Tuning,
@@ -258,7 +197,9 @@ def _candidates(
                     parts = predict(architecture, setup, checkpointing=checkpointing, dropout=settings.dropout > 0)
                     needed = parts.resident_bytes + round(ratio * (parts.peak_bytes - parts.resident_bytes))
                     cost = _cost(architecture, setup, checkpointing, loaded if kind == "as loaded" else kind)
-                    yield Candidate(fit, kind, setup, parts, needed, _kernels(architecture, setup), cost)
+                    yield Candidate(
+                        fit, kind, setup, parts, needed, _WORKSPACE_BYTES + _TOKEN_BYTES * architecture.vocabulary, cost
+                    )
 
 
 def _least(candidates: Iterable[Candidate]) -> Candidate:
@@ -280,11 +221,6 @@ def _cost(architecture: Architecture, setup: Setup, checkpointing: bool, kind: s
     layers = passes * weights * (1 + (_PASS_TOKENS + _DECODE.get(kind, 0.0)) / setup.tokens)
     chunk = min(setup.loss_chunk, setup.tokens)
     return layers + 2 * architecture.vocabulary * architecture.hidden * (1 + _CHUNK_TOKENS / chunk)
-
-
-def _kernels(architecture: Architecture, setup: Setup) -> int:
-    """The logarithm of the sum of exponentials makes a float32 copy of a chunk's logits."""
-    return _WORKSPACE_BYTES + 4 * min(setup.loss_chunk, setup.tokens) * architecture.vocabulary
 
 
 def _size(dtype: str) -> int:
@@ -313,4 +249,5 @@ def _refusal(least: Candidate, nf4: Candidate, settings: config.Tuning, runtime:
 
 
 def _mib(size: int) -> str:
-    return f"{-(-size // _MIB):,} MiB"
+    """Rounded up: so much does."""
+    return f"{-(-size >> 20):,} MiB"

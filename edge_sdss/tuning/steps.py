@@ -17,6 +17,7 @@ import torch
 from edge_sdss import config
 from edge_sdss.errors import ConfigError, message
 from edge_sdss.lm import Encoded
+from edge_sdss.tuning.adam import adam
 from edge_sdss.tuning.adapter import Trainable
 from edge_sdss.tuning.fit import Fit
 from edge_sdss.tuning.loss import cross_entropy
@@ -78,10 +79,7 @@ class Optimisation:
         self._plan = [rows for e in epochs for rows in batches(lengths, settings.batch_size, settings.seed, e)]
         self._measured = _largest(self._plan, lengths)
         self._parameters = adapted.parameters
-        self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=0.0, weight_decay=0.0, fused=True)
-        # Before the first step, so that it takes no less memory than the others.
-        for parameter in self._parameters.values():
-            self._set_moments(parameter, torch.zeros_like(parameter), torch.zeros_like(parameter), 0)
+        self._adam = adam(self._parameters, settings.optimizer)
         if check is not None:
             self._interrupt_with(check)
         self.peak_tensor_bytes = 0
@@ -92,6 +90,22 @@ class Optimisation:
     def steps(self) -> int:
         """Steps of the whole round."""
         return len(self._plan)
+
+    @property
+    def steps_each(self) -> int:
+        """Steps of an epoch."""
+        return len(self._plan) // self._settings.epochs
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The adapter's weights, by name."""
+        return dict(self._parameters)
+
+    def put_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Sets the adapter's weights to what `weights` was, with the optimizer left as it is."""
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(tensors[name])
 
     @property
     def trainable_parameters(self) -> int:
@@ -110,15 +124,29 @@ class Optimisation:
         if number != self._measured:
             self._step(number, fit)
             return
-        state = [tensor for each in self._optimizer.state.values() for tensor in each.values()]
-        alive = [*self._frozen, *self._parameters.values(), *state]
+        alive = [*self._frozen, *self._parameters.values(), *self._adam.tensors().values()]
         with PeakTensorBytes(alive, self._weight.device) as memory:
             self._step(number, fit)
         self.peak_tensor_bytes = memory.peak
 
+    @torch.no_grad()
+    def measure(self, encoded: Sequence[Encoded], fit: Fit) -> float:
+        """Returns the loss of other examples: mean nats per answer token over all of them, without dropout."""
+        rows = sorted(encoded, key=lambda row: len(row.ids))
+        self._adapted.model.eval()
+        try:
+            total = torch.zeros((), dtype=torch.float64)
+            for start in range(0, len(rows), fit.micro_batch):
+                if self._check is not None:
+                    self._check()
+                total += self._loss(rows[start : start + fit.micro_batch], fit.loss_chunk).double().cpu()
+        finally:
+            self._adapted.model.train()
+        return float(total / sum(len(row.ids) - row.prompt_tokens for row in rows))
+
     def discard(self) -> None:
         """Drops the gradients of a step that was not finished, and what autograd keeps of it."""
-        self._optimizer.zero_grad(set_to_none=True)
+        self._clear()
         # After an error, the nodes that were ready wait in the engine's queue, with all below them, for the next
         # backward to drop them.
         torch.zeros((), device=self._weight.device, requires_grad=True).backward()
@@ -129,27 +157,19 @@ class Optimisation:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns the adapter's weights and the optimizer's moments, by name."""
-        found: dict[str, torch.Tensor] = {}
-        for name, parameter in self._parameters.items():
-            state = self._optimizer.state[parameter]
-            found[f"weight.{name}"] = parameter
-            found[f"first.{name}"], found[f"second.{name}"] = state["exp_avg"], state["exp_avg_sq"]
-        return found
+        return {f"weight.{name}": tensor for name, tensor in self.weights.items()} | self._adam.tensors()
 
     def restore(self, tensors: Mapping[str, torch.Tensor], done: Sequence[Step], peak_tensor_bytes: int) -> None:
         """Goes to the state that `tensors` gave after the steps `done`."""
         self.done = list(done)
         self.peak_tensor_bytes = peak_tensor_bytes
-        for name, parameter in self._parameters.items():
-            first, second = (tensors[f"{which}.{name}"].to(parameter.device) for which in ("first", "second"))
-            self._set_moments(parameter, first, second, len(done))
-            with torch.no_grad():
-                parameter.copy_(tensors[f"weight.{name}"])
+        self._adam.restore(tensors, len(done))
+        self.put_weights({name: tensors[f"weight.{name}"] for name in self._parameters})
         self.torn = False
 
-    def _set_moments(self, parameter: torch.Tensor, first: torch.Tensor, second: torch.Tensor, steps: int) -> None:
-        count = torch.tensor(float(steps), device=parameter.device)
-        self._optimizer.state[parameter] = {"step": count, "exp_avg": first, "exp_avg_sq": second}
+    def _clear(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
     def _interrupt_with(self, check: Callable[[], None]) -> None:
         """A step may take a minute; its hooks go with the round's own layers."""
@@ -164,7 +184,6 @@ class Optimisation:
         torch.manual_seed(self._settings.seed * 1_000_003 + number)
         rows = [self._encoded[index] for index in self._plan[number]]
         rate = learning_rate(number, self.steps, self._settings)
-        self._optimizer.param_groups[0]["lr"] = rate
         loss = self._accumulate(rows, fit)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._settings.clip)
         if not torch.isfinite(loss + norm):
@@ -172,8 +191,8 @@ class Optimisation:
             raise ConfigError(message("tune the model", found, "lower tuning.learning_rate"))
         value, tokens = loss.item(), sum(len(row.ids) for row in rows)
         self.torn = True
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._adam.update(rate)
+        self._clear()
         self.done.append(Step(number + 1, value, rate, tokens, time.perf_counter() - began))
         self.torn = False
 

@@ -18,13 +18,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, NamedTuple
 
+from edge_sdss import cgroups, processes
+from edge_sdss.cgroups import number
+from edge_sdss.page.formats import mib
 from edge_sdss.tree import Tree
-from edge_sdss.tuning.ceiling import cgroup_folders, cgroup_left_bytes, cuda, number, shares_memory
+from edge_sdss.tuning.ceiling import shares_memory
 
 INTERVAL_S = 0.05
 HARD = 1.1  # times the budget, for longer than GRACE_S: nobody reacts
 GRACE_S = 1.0
-_MIB = 1 << 20
+_LIMITS_EVERY = 20  # looks
 
 
 class OverBudget(Exception):
@@ -112,10 +115,10 @@ class Watchdog:
 
     def _wrong(self, usage: Usage) -> str:
         if usage.used is not None and usage.used > self.budget_bytes:
-            return f"{usage.used / _MIB:.0f} MiB in use, {self.budget_bytes / _MIB:.0f} MiB allowed"
+            return f"{mib(usage.used)} in use, {mib(self.budget_bytes)} allowed"
         for left, where in ((usage.available, "on this machine"), (usage.left, "in this cgroup")):
             if left is not None and left < self.reserve_bytes:
-                return f"only {left / _MIB:.0f} MiB left {where}, {self.reserve_bytes / _MIB:.0f} MiB are to stay free"
+                return f"only {mib(left)} left {where}, {mib(self.reserve_bytes)} are to stay free"
         return ""
 
     def _consider_the_last_resort(self, used: int | None) -> None:
@@ -125,7 +128,7 @@ class Watchdog:
             self._hard_since = self._clock()
         elif self._clock() - self._hard_since > GRACE_S and self._last_resort is not None:
             last_resort, self._last_resort = self._last_resort, None
-            last_resort(f"{used / _MIB:.0f} MiB in use for {GRACE_S:.0f} s, {self.budget_bytes / _MIB:.0f} MiB allowed")
+            last_resort(f"{mib(used)} in use for {GRACE_S:.0f} s, {mib(self.budget_bytes)} allowed")
 
     def _watch(self) -> None:
         while not self._end.wait(self._interval_s):
@@ -141,18 +144,22 @@ class _Meter:
         self._statm = _open(tree, f"proc/{self._pid}/statm")
         self._meminfo = _open(tree, "proc/meminfo")
         self._page = os.sysconf("SC_PAGE_SIZE")
-        self._groups = list(_limited(tree))
+        groups = cgroups.folders(tree)
+        self._groups = [(folder, _open(tree, cgroups.usage_file(tree, folder))) for folder in groups]
+        self._limits: dict[str, int] = {}
+        self._looks = 0
 
     def read(self) -> Usage:
         used, available = self._rss(), _available(self._meminfo)
         if self._statm is None and self._tree.root == Path("/"):
-            used, available = _portable(None if self._pid == "self" else int(self._pid))
+            found = processes.portable(None if self._pid == "self" else int(self._pid))
+            used, available = (found.rss, found.available) if found else (None, None)
         if used is not None and self._pid == "self":
             used += self._gpu()
         return Usage(used, available, self._left())
 
     def close(self) -> None:
-        for file in (self._statm, self._meminfo, *(file for _, _, file in self._groups)):
+        for file in (self._statm, self._meminfo, *(file for _, file in self._groups)):
             if file is not None:
                 os.close(file)
         self._statm = self._meminfo = None
@@ -167,18 +174,23 @@ class _Meter:
         return pages * self._page
 
     def _gpu(self) -> int:
-        device = cuda()
+        device = processes.cuda()
         if device is None or not shares_memory(self._tree, device):
             return 0
         return int(device.memory_reserved())
 
     def _left(self) -> int | None:
-        found = [limit - current for _, limit, file in self._groups if (current := number(_text(file))) is not None]
+        if self._looks % _LIMITS_EVERY == 0:  # somebody may lower them
+            every = {folder: cgroups.limits(self._tree, folder) for folder, _ in self._groups}
+            self._limits = {folder: min(limits.values()) for folder, limits in every.items() if limits}
+        self._looks += 1
+        held = [(self._limits[folder], number(_text(file))) for folder, file in self._groups if folder in self._limits]
+        found = [limit - current for limit, current in held if current is not None]
         left = min(found, default=None)
         if left is None or left >= self._reserve_bytes:
             return left
         # Page cache is not held against the limit. To know how much it is takes longer, so only where it matters.
-        exact = [cgroup_left_bytes(self._tree, folder, limit) for folder, limit, _ in self._groups]
+        exact = [cgroups.left_bytes(self._tree, folder, limit) for folder, limit in self._limits.items()]
         return min((bytes_ for bytes_ in exact if bytes_ is not None), default=None)
 
 
@@ -211,17 +223,6 @@ def rlimit(extra_bytes: int, kind: Literal["AS", "DATA"] = "DATA") -> Iterator[N
         yield
     finally:
         resource.setrlimit(which, (soft, hard))
-
-
-def _limited(tree: Tree) -> Iterator[tuple[str, int, int | None]]:
-    """(folder, limit, open file of what is in use) of each cgroup that has a limit."""
-    for folder in cgroup_folders(tree):
-        names = ("memory.max", "memory.high", "memory.limit_in_bytes")
-        limits = [limit for name in names if (limit := number(tree.maybe(f"{folder}/{name}"))) is not None]
-        if limits and min(limits) < 1 << 60:
-            v2 = tree.exists(f"{folder}/memory.current")
-            file = _open(tree, f"{folder}/{'memory.current' if v2 else 'memory.usage_in_bytes'}")
-            yield folder, min(limits), file
 
 
 def _descendants(tree: Tree, pid: str) -> Iterator[str]:
@@ -259,13 +260,3 @@ def _available(meminfo: int | None) -> int | None:
     start = text.find("MemAvailable:")
     kib = number(text[start + 13 : start + 40].partition("kB")[0].strip()) if start >= 0 else None
     return None if kib is None else kib * 1024
-
-
-def _portable(pid: int | None) -> tuple[int | None, int | None]:
-    """RSS and available memory where there is no /proc."""
-    try:
-        import psutil
-
-        return psutil.Process(pid).memory_info().rss, psutil.virtual_memory().available
-    except Exception:  # psutil is missing or was denied, or the process has ended
-        return None, None

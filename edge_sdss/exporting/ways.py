@@ -1,0 +1,126 @@
+"""The ways to compute a model that parity compares: the torch module, and a graph by plain calls.
+
+Made for checks: every call is whole and slow. Knows nothing of bundles on the disk and of speed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_sdss.bundles import Graph, probe
+from edge_sdss.errors import BackendUnavailable, InputError, message
+from edge_sdss.exporting.parity import Ids, Logits, Rows
+
+Adapter = Mapping[str, npt.NDArray[Any]]
+
+
+def of_torch(model: Any) -> Logits:
+    """Returns ids [n] -> logits [n, vocabulary] float32 of a transformers or PEFT model, as it is at each call."""
+    import torch
+
+    def logits(ids: Ids) -> Rows:
+        with torch.no_grad():
+            rows = model(torch.from_numpy(ids[None]).to(model.device), use_cache=False).logits[0]
+        result: Rows = rows.float().cpu().numpy()
+        return result
+
+    return logits
+
+
+def of_peft(model: Any) -> probe.Logits:
+    """Returns (ids, adapter or None) -> logits, as `bundles.probe` wants them, of a PEFT model and its base."""
+    way = of_torch(model)
+
+    def logits(ids: Sequence[int], adapter: str | None) -> Rows:
+        with model.disable_adapter() if adapter is None else contextlib.nullcontext():
+            return way(np.asarray(ids, np.int64))
+
+    return logits
+
+
+class GraphModel:
+    """A graph in `folder` on ONNX Runtime's CPU provider, with `threads` threads.
+
+    An adapter is a mapping from the graph's inputs, those of `Graph.sites`, to arrays; None is the base.
+    """
+
+    def __init__(self, folder: Path, graph: Graph, *, threads: int = 1) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            found = "the package onnxruntime is not installed"
+            raise BackendUnavailable(message("run a graph", found, "run `pip install 'edge_sdss[export]'`")) from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3  # it warns of each adapter input
+        try:
+            self.session = onnxruntime.InferenceSession(
+                str(folder / graph.file), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # its exceptions have no common base but Exception
+            found = str(error).splitlines()[0]
+            raise InputError(message(f"load {folder / graph.file}", found, "export the model again")) from error
+        self.graph = graph
+
+    def base(self, ids: Ids) -> Rows:
+        """Returns logits [n, vocabulary] without an adapter."""
+        return self.logits(ids)
+
+    def with_adapters(self, adapters: Mapping[str, Adapter]) -> probe.Logits:
+        """Returns (ids, adapter or None) -> logits, as `bundles.checks` wants them, adapters given as inputs."""
+        return lambda ids, name: self.logits(np.asarray(ids, np.int64), None if name is None else adapters[name])
+
+    def logits(self, ids: Ids, adapter: Adapter | None = None) -> Rows:
+        """Returns logits [n, vocabulary] float32 for ids [n], of one call where the graph gives all rows."""
+        if not self.graph.last_logits_only:
+            return self._run(ids, self._empty(), adapter)[0]
+        past, rows = self._empty(), []
+        for at in range(len(ids)):
+            row, past = self._run(ids[: at + 1], past, adapter, new=1)
+            rows.append(row)
+        return np.concatenate(rows)
+
+    def greedy(self, ids: Ids, count: int, adapter: Adapter | None = None) -> list[int]:
+        """Returns the `count` most likely ids after the prompt, one decode step each, over the KV cache."""
+        rows, past = self._run(ids, self._empty(), adapter)
+        sequence = ids
+        for _ in range(count):
+            sequence = np.append(sequence, rows[-1].argmax())
+            rows, past = self._run(sequence, past, adapter, new=1)
+        return [int(id_) for id_ in sequence[len(ids) :]]
+
+    def hidden_states(self, ids: Ids, adapter: Adapter | None = None) -> Rows:
+        """Returns the state after the final norm [n, width] float32, of a graph that has this output."""
+        states: Rows = self.session.run(["hidden_states"], self._feed(ids, self._empty(), adapter, len(ids)))[0][0]
+        return states
+
+    def _run(
+        self, ids: Ids, past: dict[str, npt.NDArray[Any]], adapter: Adapter | None, new: int | None = None
+    ) -> tuple[Rows, dict[str, npt.NDArray[Any]]]:
+        """Computes the last `new` of `ids`, the others being in `past`; returns their logits and the new past."""
+        names = ["logits", *(name.replace("past_key_values", "present") for name in past)]
+        logits, *present = self.session.run(names, self._feed(ids, past, adapter, new or len(ids)))
+        return logits[0].astype(np.float32), dict(zip(past, present, strict=True))
+
+    def _feed(
+        self, ids: Ids, past: dict[str, npt.NDArray[Any]], adapter: Adapter | None, new: int
+    ) -> dict[str, npt.NDArray[Any]]:
+        feed: dict[str, npt.NDArray[Any]] = {
+            "input_ids": ids[None, -new:],
+            "attention_mask": np.ones((1, len(ids)), np.int64),
+        }
+        if self.graph.position_ids:
+            feed["position_ids"] = np.arange(len(ids) - new, len(ids), dtype=np.int64)[None]
+        given = {name: np.asarray(array, self.graph.lora_dtype) for name, array in (adapter or {}).items()}
+        return feed | past | given
+
+    def _empty(self) -> dict[str, npt.NDArray[Any]]:
+        size = (1, self.graph.kv_heads, 0, self.graph.head_dim)
+        names = (f"past_key_values.{layer}.{part}" for layer in range(self.graph.layers) for part in ("key", "value"))
+        return {name: np.zeros(size, self.graph.kv_dtype) for name in names}
