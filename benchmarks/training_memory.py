@@ -17,7 +17,7 @@ from training_scale import ABOVE, MIB, Line, Scale, least_that_does, long_texts
 from edge_sdss import config
 from edge_sdss.errors import BudgetExceeded
 from edge_sdss.lm import loading
-from edge_sdss.tuning import budgeted, limit, planner
+from edge_sdss.tuning import budgeted, libraries, limit, planner
 from edge_sdss.tuning.fit import Fit
 from edge_sdss.types import Example, Turn, no_progress
 
@@ -54,7 +54,7 @@ def process(scale: Scale) -> Iterator[Line]:
         "value": runtime / MIB,
         "unit": "MiB",
         "n": 3,
-        "settings": scale.facts | {"planned_mib": planner.runtime_bytes() / MIB},
+        "settings": scale.facts | {"planned_mib": libraries.runtime_bytes() / MIB},
     }
     for weights in WEIGHTS:
         job = Job(OURS, scale.model, weights, long_texts(3), 1, scale.sequence)

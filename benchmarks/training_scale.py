@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from edge_sdss import config, default_model, demo, readers
 from edge_sdss.errors import BudgetExceeded
 from edge_sdss.lm import loading
-from edge_sdss.tuning import planner, shapes
+from edge_sdss.tuning import libraries, planner, shapes
 from edge_sdss.types import Dialogue, no_progress
 
 STREAM = Path("memorybank") / "memory_bank_en.json"
@@ -58,7 +58,7 @@ class Scale:
 
     def plan(self, settings: config.Tuning, budget_bytes: int = 1 << 50) -> planner.Plan:
         """The plan for a budget, of which the runtime takes what it was measured to take."""
-        return planner.plan(self.architecture, budget_bytes, settings, runtime_bytes=planner.runtime_bytes())
+        return planner.plan(self.architecture, budget_bytes, settings, runtime_bytes=libraries.runtime_bytes())
 
     def least_bytes(self, settings: config.Tuning) -> int:
         """The least budget that the planner accepts."""

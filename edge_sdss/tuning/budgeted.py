@@ -236,12 +236,11 @@ def planned(model: config.Model, settings: config.Tuning, budget_bytes: int) -> 
 
     Raises BudgetExceeded, with the least that would do, where none does.
     """
-    folder = loading.find(model.name, no_progress)
-    _refuse_below(_least_bytes(folder, model, settings), libraries.least_bytes(), budget_bytes)  # at once
     try:
-        known = shapes.of(folder / "config.json")
-        runtime = libraries.runtime_bytes()
-        return planner.plan(known, budget_bytes, settings, runtime_bytes=runtime, loaded=model.dtype).fit
+        known = shapes.of(loading.find(model.name, no_progress) / "config.json")
+        for runtime in (libraries.least_bytes, libraries.runtime_bytes):  # the first refuses at once
+            found = planner.plan(known, budget_bytes, settings, runtime_bytes=runtime(), loaded=model.dtype)
+        return found.fit
     except (InputError, ConfigError):
         return None
 
