@@ -77,7 +77,7 @@ class Candidate:
             stdout=subprocess.PIPE,
             stderr=self._words,
             text=True,
-            env={**os.environ, **_OFFLINE, "OMP_NUM_THREADS": str(threads), **env},
+            env={**os.environ, **_OFFLINE, **loading.PATIENT, "OMP_NUM_THREADS": str(threads), **env},
         )
         self._write(json.dumps(asdict(job)))
         self.ready = self._read("ready")

@@ -6,6 +6,8 @@ Knows nothing of what is done with them.
 from __future__ import annotations
 
 import contextlib
+import os
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,14 +15,23 @@ from typing import Any
 
 from edge_sdss import default_model
 from edge_sdss.errors import BackendUnavailable, InputError, message
+from edge_sdss.files import sha256
 from edge_sdss.lm.piecewise import Hold, assemble
 from edge_sdss.types import Progress
+
+PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""For the environment, before torch is loaded: threads that wait leave the processor to others.
+
+A user's device does other things too. With two busy cores, a step whose two threads spin took ten times as long.
+"""
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 
 
 def torch_module() -> ModuleType:
     """Returns torch. Raises BackendUnavailable where it or transformers is not installed."""
+    for name, value in PATIENT.items():
+        os.environ.setdefault(name, value)
     try:
         import torch
         import transformers  # noqa: F401
@@ -57,6 +68,12 @@ def find(name: str | None, progress: Progress) -> Path:
             do = "give the folder of a Hugging Face model"
             raise InputError(message(f"load model {name}", f"there is no {what} in {folder}", do))
     return folder
+
+
+def fingerprint(folder: Path) -> str:
+    """Returns the SHA-256 over a model's configuration and weights on the disk, 64 hexadecimal digits."""
+    digests = "".join(sha256(file) for file in (folder / "config.json", *sorted(folder.glob("*.safetensors"))))
+    return hashlib.sha256(digests.encode()).hexdigest()
 
 
 def load(folder: Path, dtype: Any, hold: Hold | None = None) -> tuple[Any, Any]:

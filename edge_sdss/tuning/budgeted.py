@@ -90,7 +90,7 @@ def train(
         "budget_bytes": budget_bytes,
     }
     segments = outofmemory.expandable_segments(default_model.cache())
-    pinned = {name: value for name, value in GLIBC.items() if name not in os.environ}
+    pinned = {name: value for name, value in (GLIBC | loading.PATIENT).items() if name not in os.environ}
     env = pinned | outofmemory.allocator_environment(segments, os.environ)
     while True:
         begin = {"fit": asdict(course.fit), "stepped_down": course.stepped_down}

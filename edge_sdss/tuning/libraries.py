@@ -25,7 +25,7 @@ _LIBRARIES = ("torch", "transformers", "safetensors", "numpy")
 
 
 def runtime_bytes() -> int:
-    """Returns the RSS of a fresh process that has loaded all that training needs, and no model.
+    """Returns the RSS of a fresh process that has done a step of training and has no model any more.
 
     Measured once for each version of Python and the libraries, and kept in the user's cache. RUNTIME_BYTES where
     they are not installed, or where that process fails.
@@ -54,7 +54,9 @@ def _file() -> Path | None:
         versions = [importlib.metadata.version(name) for name in _LIBRARIES]
     except importlib.metadata.PackageNotFoundError:
         return None
-    key = hashlib.sha256(" ".join([sys.executable, platform.python_version(), *versions]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(
+        " ".join([_LOADS_ALL, sys.executable, platform.python_version(), *versions]).encode()
+    ).hexdigest()[:12]
     return cache() / f"runtime-{key}.json"
 
 
@@ -66,17 +68,30 @@ def _stored(file: Path) -> int | None:
 
 
 _LOADS_ALL = """
-import psutil, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
-from edge_sdss.tuning import steps, trainer, budgeted
-from edge_sdss.tuning.layers import checkpointing, frozen, lora, norm
-if torch.cuda.is_available():
-    torch.zeros(1, device="cuda")
-weight = torch.zeros(64, 64, requires_grad=True)
-(weight @ weight).sum().backward()
-torch.optim.AdamW([weight], fused=True).step()
-print(psutil.Process().memory_info().rss)
+import types
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from edge_sdss import config
+from edge_sdss.lm import Encoded
+from edge_sdss.processes import sizes, trim
+from edge_sdss.tree import Tree
+from edge_sdss.tuning import adapter, budgeted, steps, trainer
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+small = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 512}
+small |= {"num_attention_heads": 3, "num_key_value_heads": 1}
+for weights, rest in (("float32", "float32"), ("nf4", "bfloat16")):
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**small)).to(device)
+    lm = types.SimpleNamespace(model=model, adapter=None, attach=lambda folder: None)
+    settings = config.Tuning(weights=weights, compute_dtype=rest, batch_size=1, epochs=1, checkpointing="on")
+    adapter.quantise(lm, settings)
+    with adapter.trainable(lm, settings, None) as adapted:
+        steps.Optimisation(adapted, [Encoded(list(range(256)), 1)], settings).advance()
+del model, lm, adapted
+trim()
+print(sizes(Tree(), "proc/self/status").get("VmRSS", 0))
 """
+"""Steps of a small model, so that what libraries load or set up at their first use is there."""
 
 
 def _measured_runtime() -> int | None:
