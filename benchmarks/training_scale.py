@@ -38,9 +38,9 @@ class Scale:
     batch_size: int = 8
     batches: int = 2
     blocks: int = 16
-    factors: tuple[float, ...] = tuple(4 ** (i / 7) for i in range(8))
+    factors: tuple[float, ...] = tuple(4 ** (i / 5) for i in range(6))
     passes: int = 2
-    steps: int = 7
+    steps: int = 6
     sweep_sequence: int = 256
     sweep_batch: int = 4
 
