@@ -12,11 +12,12 @@ from typing import Annotated, Literal
 import click
 import typer
 
-from edge_sdss import __version__, cli_plan, cli_profile, console, options
+from edge_sdss import __version__, cli_bundle, cli_chat, cli_plan, cli_profile, console, options
 from edge_sdss.errors import EdgeSdssError, InputError, message
 from edge_sdss.options import (
     Backend,
     Bins,
+    Bundle,
     Format,
     Home,
     Json,
@@ -142,6 +143,7 @@ def observe(
     backend: Backend = None,
     seed: Seed = None,
     model: Model = None,
+    bundle: Bundle = None,
     format_: Format = None,
     home: Home = None,
     settings_file: Settings = None,
@@ -150,6 +152,7 @@ def observe(
 ) -> None:
     """Offer dialogues to the buffer; a file that was stopped half-way goes on where it stopped.
 
+    The torch model embeds them, or with --bundle, and where torch is not installed, a bundle.
     Examples: edge-sdss observe chats.jsonl; edge-sdss observe --prompt "My cat eats no fish" --response "Noted."
     """
     from edge_sdss import readers
@@ -157,7 +160,7 @@ def observe(
     if (file is None) == (prompt is None):
         raise InputError(message("observe", "no input, or two", "give a FILE, or --prompt with --response"))
     settings = options.settings(settings_file, set_, options.flags(policy, bins, max_bytes, backend, None, seed, model))
-    with options.session(home, settings) as session:
+    with options.session(home, settings, options.engine(home, bundle)) as session:
         if prompt is not None:
             dialogue = readers.one(prompt, response, "command line")
             console.emit(console.decision(session.observe(dialogue)), json_)
@@ -361,17 +364,28 @@ def forget(
 
 
 @app.command()
-def rollback(home: Home = None, settings_file: Settings = None, json_: Json = False) -> None:
+def rollback(
+    bundle: Annotated[bool, typer.Option("--bundle", help="The deployed bundle before, not the round.")] = False,
+    home: Home = None,
+    settings_file: Settings = None,
+    json_: Json = False,
+) -> None:
     """Make the adapter before the active one active again, or the base model.
 
-    Example: edge-sdss rollback
+    Examples: edge-sdss rollback; edge-sdss rollback --bundle
     """
+    if bundle:
+        cli_bundle.roll_back(options.home(home), json_)
+        return
     with options.session(home, options.settings(settings_file, None, {})) as session:
         number = session.rollback()
         console.emit({"active_round": number, "adapter": str(session.active_adapter) if number else None}, json_)
 
 
-for _verb in (cli_plan.plan, cli_profile.profile, cli_profile.compare, cli_profile.doctor):
+for _verb in (
+    *(cli_bundle.export, cli_bundle.deploy, cli_bundle.bundles),
+    *(cli_chat.chat, cli_plan.plan, cli_profile.profile, cli_profile.compare, cli_profile.doctor),
+):
     app.command()(_verb)
 
 

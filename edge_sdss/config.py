@@ -158,6 +158,18 @@ class Evaluation(_Section):
     seed: int = Field(0, ge=0)
 
 
+class Chat(_Section):
+    """How `chat` answers. None: as the generation_config.json of the bundle says, greedily where it does not."""
+
+    max_new_tokens: int = Field(512, ge=1, description="of an answer")
+    temperature: float | None = Field(None, ge=0, description="0: greedily")
+    top_p: float | None = Field(None, gt=0, le=1, description="mass of the most probable tokens that may come")
+    top_k: int | None = Field(None, ge=0, description="how many of the most probable tokens may come; 0: all")
+    repetition_penalty: float | None = Field(None, gt=0, description="above 1: tokens that were seen come less often")
+    stop: tuple[str, ...] = Field((), description="texts before which an answer ends")
+    seed: int = Field(0, ge=0, description="of the draws; an answer's own is this and its number in the conversation")
+
+
 class Profile(_Section):
     """How latency, energy and memory are measured."""
 
@@ -189,6 +201,7 @@ class Config(_Section):
     tuning: Tuning = Tuning()
     gate: Gate = Gate()
     evaluation: Evaluation = Evaluation()
+    chat: Chat = Chat()
     profile: Profile = Profile()
 
     def override(self, values: Mapping[str, Mapping[str, Any]]) -> Config:

@@ -21,6 +21,7 @@ from edge_sdss.types import Annotation
 
 if TYPE_CHECKING:
     from edge_sdss.experiment import Stream
+    from edge_sdss.runtime import Engine
     from edge_sdss.session import Session
 
 Home = Annotated[Path | None, typer.Option("--home", envvar="EDGE_SDSS_HOME", help="Folder of the state.")]
@@ -29,6 +30,7 @@ Settings = Annotated[Path | None, typer.Option("--config", help="TOML file of se
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.NAME=VALUE", help="Change any setting.")]
 Model = Annotated[str | None, typer.Option("--model", help="Hugging Face folder; default: the embedded SmolLM2-135M.")]
 Format = Annotated[str | None, typer.Option("--format", help="Insist on a format instead of detecting it.")]
+Bundle = Annotated[Path | None, typer.Option("--bundle", help="Folder of a bundle; default: the home's active one.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for report.json, report.html and adapter/.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew where --out holds an earlier run.")]
 Policy = Annotated[str | None, typer.Option("--policy", help="Which dialogues are kept.")]
@@ -107,14 +109,23 @@ def fresh(path: Path) -> Path:
     return path
 
 
+def engine(given_home: Path | None, bundle: Path | None) -> Engine | None:
+    """The bundle that embeds: the one given, or without torch the home's active one; None: the torch model does."""
+    from edge_sdss import speakers
+    from edge_sdss.runtime import Engine
+
+    found = bundle if speakers.has_torch() else speakers.bundle(home(given_home), bundle)
+    return Engine.open(found) if found else None
+
+
 @contextmanager
-def session(given: Path | None, found: Config) -> Iterator[Session]:
-    """Opens the session of a home, with progress on the terminal."""
+def session(given: Path | None, found: Config, lm: Engine | None = None) -> Iterator[Session]:
+    """Opens the session of a home, with progress on the terminal; an engine stands in for the torch model."""
     from edge_sdss.session import Session
 
     with (
         console.progress() as progress,
-        Session(home(given), found, progress=progress, on_event=console.event) as opened,
+        Session(home(given), found, lm=lm, progress=progress, on_event=console.event) as opened,
     ):
         yield opened
 

@@ -16,9 +16,9 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from edge_sdss import gate, general, lexicon, rounds, synthesis
+from edge_sdss import embedding, gate, general, lexicon, rounds, synthesis
 from edge_sdss.config import Config
 from edge_sdss.errors import BudgetExceeded, ConfigError, InputError, message
 from edge_sdss.rounds import Adapted
@@ -40,6 +40,7 @@ from edge_sdss.types import (
 
 if TYPE_CHECKING:
     from edge_sdss.lm import LanguageModel
+    from edge_sdss.runtime import Engine
 
 
 class Session:
@@ -47,7 +48,8 @@ class Session:
 
     The model is loaded when first needed: reviewing, forgetting and rolling back do without it. Tuning within a
     limit of memory or heat, or with weights in other types, is done in a process of its own, for which the model
-    is let go and loaded again later; one that was given as `lm`, which must be that of the settings, stays.
+    is let go and loaded again later; one that was given as `lm`, which must be that of the settings, stays. With a
+    bundle's engine as `lm` a session observes and reviews; it cannot tune.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Session:
         home: Path,
         settings: Config,
         *,
-        lm: LanguageModel | None = None,
+        lm: LanguageModel | Engine | None = None,
         progress: Progress = no_progress,
         on_event: Callable[[dict[str, Any]], None] = lambda event: None,
     ) -> None:
@@ -68,7 +70,7 @@ class Session:
         self.progress = progress
         self.on_event = on_event
         self.unusable: list[str] = []  # dialogues of a stream that the model could not embed, and why
-        self._given = lm
+        self._given = cast("LanguageModel | None", lm)  # an engine has what selection and synthesis ask for
         with ExitStack() as stack:
             stack.enter_context(lock(home))
             self.store = Store(home / "edge_sdss.db", settings.store)
@@ -98,8 +100,13 @@ class Session:
     def selector(self) -> Selector:
         """The selector, with the buffer as the store holds it."""
         words = lexicon.load(self.settings.selection.lexicons)
-        self._check_identity(words)
+        identity, same = self._identity(words)
         buffer = Buffer(self.settings.buffer, self.lm.width)
+        offers = self.store.counts.offers
+        selector = Selector(self.settings.selection, buffer, words, device=self.lm.device.type, offers=offers)
+        selector.forgotten = self.store.forgotten()
+        if not same:
+            self._embed_anew(selector, identity)
         kept = self.store.exemplars()
         size = sum(entry_bytes(e.dialogue, len(e.vector), e.annotation) for e in kept.values())
         if max(kept, default=-1) >= buffer.bins or size > buffer.max_bytes:
@@ -107,20 +114,21 @@ class Session:
             raise BudgetExceeded(message("open the buffer", found, "give at least as much, or forget some dialogues"))
         for slot, exemplar in kept.items():
             buffer.put(slot, exemplar)
-        offers = self.store.counts.offers
-        selector = Selector(self.settings.selection, buffer, words, device=self.lm.device.type, offers=offers)
-        selector.forgotten = self.store.forgotten()
         return selector
 
     # observe
 
-    def observe(self, dialogue: Dialogue, **read: Any) -> Decision:
-        """Offers one dialogue to the buffer; what comes of it is stored before it is true in memory."""
-        text = self.selector.scored_text(dialogue)
-        tokens = self.lm.token_embeddings(text, self.settings.model.max_tokens)
-        decision = self.selector.decide(dialogue, tokens)
+    def observe(self, dialogue: Dialogue, tokens: Any = None, **read: Any) -> Decision:
+        """Offers one dialogue to the buffer; what comes of it is stored before it is true in memory.
+
+        `tokens`: its E(T) where the session's model has computed it anyhow, as `embedding.of_answer` gives it; else
+        a forward pass is made. Raises InputError where the dialogue cannot be embedded.
+        """
+        selector = self.selector  # before the forward pass: it may refuse the model
+        tokens = embedding.of(self.lm, dialogue, self.settings) if tokens is None else tokens
+        decision = selector.decide(dialogue, tokens)
         self.store.record(decision, **read)
-        self.selector.apply(decision)
+        selector.apply(decision)
         return decision
 
     def observe_all(self, dialogues: Iterable[Dialogue], source: str | None = None) -> Iterator[Decision]:
@@ -217,6 +225,7 @@ class Session:
         tally = self.synthesise()
         tuned = self._tune(stored, fit)
         verdict, before, after = self._judge(stored, tuned)
+        self._probe(tuned.adapter)
         trained = [example.dialogue_id for example in self.material()]
         variants = tuple(v for made in self.store.variants().values() for v in made)
         self.store.close_round(stored.number, verdict.accepted, rounds.record(verdict, tally, before, after), trained)
@@ -289,6 +298,13 @@ class Session:
         options |= {"budget_bytes": chosen.memory, "fit": fit, "on_event": self.on_event}
         return budgeted.train(self.settings.model, learnt, chosen, out, **options)
 
+    def _probe(self, adapter: Path) -> None:
+        """Where a bundle is deployed, notes what PEFT computes with an adapter: the bundle's is held against it."""
+        if (self.home / "bundles").is_dir():
+            from edge_sdss import bundling
+
+            bundling.record(self.lm, adapter)
+
     def _planned(self) -> Fit | None:
         chosen = self.settings.tuning
         return budgeted.planned(self.settings.model, chosen, chosen.memory) if chosen.memory else None
@@ -357,8 +373,11 @@ class Session:
     def _adapter(self, number: int | None) -> Path | None:
         return None if number is None else self.adapter_folder(number)
 
-    def _check_identity(self, words: lexicon.Lexicon) -> None:
-        """Scores of different models or formulas must not be compared in one buffer."""
+    def _identity(self, words: lexicon.Lexicon) -> tuple[dict[str, str], bool]:
+        """What the scores are comparable under, and whether the home's embeddings are of the same source.
+
+        Raises ConfigError where its scores are of another model or formula: they must not meet in one buffer.
+        """
         s = self.settings.selection
         mine = {
             "model": self.lm.fingerprint,
@@ -367,12 +386,24 @@ class Session:
             "text": s.text,
             "vectors": self.settings.buffer.vectors,
             "lexicon": words.digest,
+            "embeddings": embedding.source(self.lm, self.settings),
         }
-        stored = self.store.meta("identity", mine)
-        if changed := [key for key in mine if stored[key] != mine[key]]:
+        stored = {"embeddings": embedding.BEFORE, **self.store.meta("identity", mine)}
+        if changed := [key for key in mine if stored[key] != mine[key] and key != "embeddings"]:
             asked = f"open home {self.home} with another {', '.join(changed)}"
             raise ConfigError(message(asked, "its scores would not compare", "use the old setting or a new --home"))
-        self.store.set_meta("identity", mine)
+        same = stored["embeddings"] == mine["embeddings"]
+        if same:
+            self.store.set_meta("identity", mine)
+        return mine, same
+
+    def _embed_anew(self, selector: Selector, identity: dict[str, str]) -> None:
+        """Gives all that is kept the scores of this session's embeddings, all at once or, if stopped, none."""
+        kept = self.store.exemplars()
+        for done, (slot, exemplar) in enumerate(kept.items(), start=1):
+            kept[slot] = selector.rescored(exemplar, embedding.of(self.lm, exemplar.dialogue, self.settings))
+            self.progress("embedding the buffer anew", done, len(kept))
+        self.store.rescore(kept, identity)
 
 
 def _slot_of(kept: dict[int, Exemplar], dialogue_id: str) -> int:

@@ -203,6 +203,13 @@ class Store:
         )
         return {row[0]: _exemplar(row) for row in rows}
 
+    def rescore(self, kept: Mapping[int, Exemplar], identity: Mapping[str, str]) -> None:
+        """Writes EOE and vector of all that is kept, by bin, together with what they are comparable under."""
+        with self.transaction():
+            rows = [(exemplar.eoe, exemplar.vector, slot) for slot, exemplar in kept.items()]
+            self._db.executemany("UPDATE exemplars SET eoe = ?, vector = ? WHERE slot = ?", rows)
+            self.set_meta("identity", dict(identity))
+
     def _insert(self, slot: int, exemplar: Exemplar) -> None:
         d = exemplar.dialogue
         context = json.dumps([(turn.role, turn.text) for turn in d.context])

@@ -97,12 +97,13 @@ class Tiny:
         self.embedding, self.qkv, self.o = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
 
     def reference(self, adapters: Mapping[str, Pairs], scale: float = 1.0) -> Callable[..., np.ndarray]:
-        def logits(ids: Any, name: str | None) -> np.ndarray:
+        def logits(ids: Any, asked: str | Mapping[str, float] | None) -> np.ndarray:
             qkv, o = self.qkv.astype(np.float64), self.o.astype(np.float64)
+            (name, factor), *_ = asked.items() if isinstance(asked, Mapping) else [(asked, 1.0)]
             for module, (a, b) in (adapters[name] if name else {}).items():
                 site = next(site for site in SITES if site.module == module)
                 weight = o if site.lora_a == "o.A" else qkv
-                weight[:, site.start : site.start + site.outputs] += scale * (b @ a).T
+                weight[:, site.start : site.start + site.outputs] += scale * factor * (b @ a).T
             return self.embedding[np.asarray(ids)].astype(np.float64) @ qkv @ o
 
         return logits

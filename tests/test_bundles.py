@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -357,7 +358,7 @@ def deployed(tmp_path: Path) -> Path:
     folder = bundle(tmp_path / "bundle", files={"model.onnx": tiny.onnx()})
     manifest, made = bundles.load(folder), []
     for seed, name in enumerate("ab"):
-        weights = pairs(RANKS, seed=seed, size=0.3)
+        weights = pairs(RANKS, seed=seed, size=0.5)
         source = peft_folder(tmp_path / name, weights, r=4, alpha=4, **patterns)
         entry = adapters.convert(source, manifest, folder, name)
         taken = probe.take(
@@ -430,7 +431,7 @@ def test_a_wrong_base_is_found_by_fingerprint_and_by_logits(deployed: Path) -> N
 @pytest.mark.parametrize(("scale", "text"), [(2.0, "2.0 times"), (0.5, "0.5 times"), (1.05, r"1\.05\d times")])
 def test_a_wrong_scale_is_named_with_its_size(deployed: Path, scale: float, text: str) -> None:
     rewrite(deployed, lambda a: {n: v * np.float32(scale if n == "o.B" else 1) for n, v in a.items() if n[0] == "o"})
-    tiny, weights = Tiny(), pairs(RANKS, seed=0, size=0.3)
+    tiny, weights = Tiny(), pairs(RANKS, seed=0, size=0.5)
     only = {QKVO[3]: weights[QKVO[3]]}  # one linear at the end: the effect is linear in the scale
     sha = bundles.load(deployed).adapters[0].source_sha256
     reference = tiny.reference({"a": only})
@@ -484,7 +485,7 @@ def test_an_adapter_without_a_probe_is_refused_unless_asked(deployed: Path) -> N
 
 
 def made_up(seed: int = 0) -> tuple[Any, probe.Probe]:
-    tiny, weights = Tiny(seed), pairs(RANKS, seed=1, size=0.3)
+    tiny, weights = Tiny(seed), pairs(RANKS, seed=1, size=0.5)
     reference = tiny.reference({"a": weights})
     return reference, probe.take(reference, "a", PROMPTS, base_fingerprint="f", source_sha256="s")
 
@@ -509,6 +510,46 @@ def test_rounding_of_the_base_and_a_shift_of_all_logits_pass(noise: float, seed:
         return reference(ids, name) + wobble + shift
 
     checks.effect(rounded, "a", taken, "int8")
+
+
+@pytest.mark.parametrize("size", [0.3, 0.05, 0.001])
+def test_an_adapter_of_little_effect_is_probed_and_judged_amplified(size: float, tmp_path: Path) -> None:
+    tiny, weights = Tiny(), pairs(RANKS, seed=1, size=size)
+    reference = tiny.reference({"a": weights})
+    taken = probe.take(reference, "a", PROMPTS, base_fingerprint="f", source_sha256="s")
+    assert taken.scale > 1
+    probe.write(tmp_path / "p.npz", taken)
+    assert probe.read(tmp_path / "p.npz").scale == taken.scale
+    base, amplified = (probe.centred(reference(PROMPTS[0], asked)) for asked in (None, {"a": taken.scale}))
+    assert 0.2 < np.linalg.norm(amplified - base) / np.linalg.norm(base) < 0.4
+    draws = np.random.default_rng(0)
+
+    def rounded(ids: Any, asked: Any, times: float = 1.0) -> np.ndarray:
+        exact = reference(ids, {"a": asked["a"] * times} if isinstance(asked, dict) else asked)
+        return exact + draws.standard_normal(exact.shape) * 0.02 * exact.std()  # anew at every call, as rounding is
+
+    checks.effect(rounded, "a", taken, "int8")
+    with pytest.raises(ParityError, match=r"wrong scale: the effect is (1\.9|2\.\d) times"):
+        checks.effect(lambda ids, asked: rounded(ids, asked, 2.0), "a", taken, "int8")
+    with pytest.raises(ParityError, match="inactive: the logits are those of the base, bit by bit"):
+        checks.effect(lambda ids, asked: reference(ids, asked if isinstance(asked, dict) else None), "a", taken, "int8")
+
+
+def test_a_probe_that_rounding_hides_is_not_judged_but_said_to_be_too_small() -> None:
+    tiny, weights, draws = Tiny(), pairs(RANKS, seed=1, size=0.02), np.random.default_rng(0)
+    reference = tiny.reference({"a": weights})
+    clear = probe.take(reference, "a", PROMPTS, base_fingerprint="f", source_sha256="s")
+    samples = (
+        dataclasses.replace(s, adapted=s.base + (s.adapted - s.base) / np.float32(clear.scale)) for s in clear.samples
+    )
+    small = dataclasses.replace(clear, samples=tuple(samples), scale=1.0)
+
+    def rounded(ids: Any, asked: Any) -> np.ndarray:
+        exact = reference(ids, asked)
+        return exact + draws.standard_normal(exact.shape) * 0.02 * exact.std()
+
+    with pytest.raises(ParityError, match=r"not to be told: .* take its probe anew"):
+        checks.effect(rounded, "a", small, "int8")
 
 
 @pytest.mark.parametrize(

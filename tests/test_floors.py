@@ -24,7 +24,10 @@ FLOORS = (
         "selection", "synthesis", "tuning", "gate", "evaluation", "report", "exporting", "runtime",
         "profiling",
     },
-    {"rounds", "session", "experiment", "demo", "cases", "doctor", "profile"},
+    {
+        "rounds", "bundling", "embedding", "session", "speakers", "conversation", "experiment", "demo", "cases",
+        "doctor", "profile",
+    },
     {"cli", "options", "review", "console", "__main__"},
 )  # fmt: skip
 STAGES = 2

@@ -98,7 +98,7 @@ def read(folder: Path) -> Spec:
 
 
 def _refusal(found: str) -> ExportError:
-    do = f"export with --graph portable, or take a model of {', '.join(FAMILIES)}"
+    do = f"take a recipe of the portable route, or a model of {', '.join(FAMILIES)}"
     return ExportError(message("export the fast graph", found, do))
 
 

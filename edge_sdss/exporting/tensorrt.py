@@ -136,7 +136,7 @@ def _check_graph(bundle: Path, graph: Graph, shapes: Shapes) -> None:
     asked = f"export {bundle} for TensorRT"
     if graph.kv_cache == "shared" or graph.precision in ("int4", "int8"):
         found = f"its graph has {graph.precision} weights and a {graph.kv_cache} KV cache, in operators of ONNX Runtime"
-        raise ExportError(message(asked, found, "export it with --recipe tensorrt"))
+        raise ExportError(message(asked, found, "export it with --target tensorrt"))
     if graph.sites and shapes.rank is None:
         raise ExportError(message(asked, "no rank is given, and it takes adapters", "give shapes.rank"))
     if graph.sites and shapes.rank is not None and shapes.rank.min < 1:

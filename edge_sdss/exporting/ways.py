@@ -6,7 +6,7 @@ Made for checks: every call is whole and slow. Knows nothing of bundles on the d
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,32 @@ def of_torch(model: Any) -> Logits:
 
 
 def of_peft(model: Any) -> probe.Logits:
-    """Returns (ids, adapter or None) -> logits, as `bundles.probe` wants them, of a PEFT model and its base."""
+    """Returns (ids, what is asked for) -> logits, as `bundles.probe` wants them, of a PEFT model and its base."""
     way = of_torch(model)
 
-    def logits(ids: Sequence[int], adapter: str | None) -> Rows:
-        with model.disable_adapter() if adapter is None else contextlib.nullcontext():
+    def logits(ids: Sequence[int], asked: probe.Asked) -> Rows:
+        with model.disable_adapter() if asked is None else _scaled(model, _factor(asked)):
             return way(np.asarray(ids, np.int64))
 
     return logits
+
+
+def _factor(asked: probe.Asked) -> float:
+    return 1.0 if asked is None or isinstance(asked, str) else next(iter(asked.values()))
+
+
+@contextlib.contextmanager
+def _scaled(model: Any, factor: float) -> Iterator[None]:
+    """Inside, the effect of PEFT's adapters is multiplied."""
+    layers = [part for part in model.modules() if isinstance(getattr(part, "scaling", None), dict)]
+    before = [dict(layer.scaling) for layer in layers]
+    for layer in layers if factor != 1 else ():
+        layer.scaling.update({name: scale * factor for name, scale in layer.scaling.items()})
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
 
 
 class GraphModel:
@@ -73,8 +91,17 @@ class GraphModel:
         return self.logits(ids)
 
     def with_adapters(self, adapters: Mapping[str, Adapter]) -> probe.Logits:
-        """Returns (ids, adapter or None) -> logits, as `bundles.checks` wants them, adapters given as inputs."""
-        return lambda ids, name: self.logits(np.asarray(ids, np.int64), None if name is None else adapters[name])
+        """Returns (ids, what is asked for) -> logits, as `bundles.checks` wants them, adapters given as inputs."""
+        second = {site.lora_b for site in self.graph.sites}
+
+        def logits(ids: Sequence[int], asked: probe.Asked) -> Rows:
+            given = None
+            if asked is not None:
+                (name,), factor = [asked] if isinstance(asked, str) else asked, _factor(asked)
+                given = {key: a * factor if key in second else a for key, a in adapters[name].items()}
+            return self.logits(np.asarray(ids, np.int64), given)
+
+        return logits
 
     def logits(self, ids: Ids, adapter: Adapter | None = None) -> Rows:
         """Returns logits [n, vocabulary] float32 for ids [n], of one call where the graph gives all rows."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,18 +71,18 @@ def decode(
     return written
 
 
-def follow(forward: Forward, prompt: Sequence[int], device: torch.device) -> Iterator[int]:
-    """Yields the most probable next id, again and again; the first one costs the prompt's prefill."""
+def follow(forward: Forward, prompt: Sequence[int], choose: Chooser, device: torch.device) -> Iterator[int]:
+    """Yields the next id that `choose` takes, again and again; the first one costs the prompt's prefill."""
     import torch
 
     ids, mask = padded([prompt], device)
     positions = mask.cumsum(-1) - 1
     cache = None
-    while True:
+    for step in count():
         with torch.no_grad():
             output = forward(ids, mask, positions, cache)
         cache = output.past_key_values
-        token = int(output.logits[0, -1].argmax())
+        token = choose(output.logits[:, -1].float(), [0], step)[0]
         yield token
         ids = torch.tensor([[token]], device=device)
         mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)

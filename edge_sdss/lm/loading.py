@@ -6,8 +6,8 @@ Knows nothing of what is done with them.
 from __future__ import annotations
 
 import contextlib
-import os
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType

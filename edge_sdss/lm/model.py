@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -15,7 +14,6 @@ import numpy.typing as npt
 
 from edge_sdss import config, default_model
 from edge_sdss.errors import InputError, message
-from edge_sdss.files import sha256
 from edge_sdss.lm import adapters, decoding, loading
 from edge_sdss.lm.chat import Chat, Encoded
 from edge_sdss.lm.decoding import Generation
@@ -71,9 +69,7 @@ class LanguageModel:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the base model's configuration and weights on the disk, 64 hexadecimal digits."""
-        files = [self._folder / "config.json", *sorted(self._folder.glob("*.safetensors"))]
-        digests = "".join(sha256(file) for file in files)
-        return hashlib.sha256(digests.encode()).hexdigest()
+        return loading.fingerprint(self._folder)
 
     @property
     def base(self) -> Any:
@@ -191,15 +187,15 @@ class LanguageModel:
             progress("generating", len(answers), len(order))
         return [answers[row] for row in range(len(prompts))]
 
-    def follow(self, prompt: Sequence[int]) -> Iterator[int]:
-        """Yields the ids that follow a prompt, greedily, one at a time and without end: the caller stops.
+    def follow(self, prompt: Sequence[int], choose: decoding.Chooser = decoding.greedy) -> Iterator[int]:
+        """Yields the ids that follow a prompt, one at a time and without end: the caller stops.
 
-        The first id costs the prompt's prefill, each further one a decode step. Raises InputError for an
-        empty prompt.
+        `choose` takes one from logits [1, V], greedily by default. The first id costs the prompt's prefill, each
+        further one a decode step. Raises InputError for an empty prompt.
         """
         if not prompt:
             raise InputError(message("ask the model", "the prompt has no token", "give a prompt"))
-        return decoding.follow(self._step, prompt, self.device)
+        return decoding.follow(self._step, prompt, choose, self.device)
 
     def attach(self, adapter: Path | None) -> None:
         """Makes a PEFT folder the active adapter; None removes the one that is attached.

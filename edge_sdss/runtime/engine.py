@@ -21,7 +21,7 @@ from edge_sdss.runtime.adapters import ACTIVE, Adapter, Asked, Mix
 from edge_sdss.runtime.chat import Tokenizer, read_json, rows_of
 from edge_sdss.runtime.lane import Floats, Lane, Loaded
 from edge_sdss.runtime.sampling import Sampling
-from edge_sdss.runtime.stream import Stream
+from edge_sdss.runtime.stream import Embeddings, Stream
 from edge_sdss.runtime.talk import Talk
 from edge_sdss.runtime.writer import Pieces, Writer
 from edge_sdss.types import Example, Progress, Turn, no_progress
@@ -48,6 +48,7 @@ class Engine:
         self._loaded = Loaded.of(opened.session, manifest, opened.device)
         self._mixes: dict[adapters.Key, Mix] = {}
         self._talk: Talk | None = None  # of the last stream, for the next turn of its chat
+        self._read: Talk | None = None  # of the base model beside it, for `hidden_states`
         for entry in manifest.adapters:
             self._load_entry(entry)
 
@@ -84,6 +85,12 @@ class Engine:
     def context(self) -> int:
         """The longest sequence, in tokens."""
         return self.manifest.graph.context
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        """The names that the graph takes, those of adapters among them."""
+        session = self._loaded.session
+        return frozenset(value.name for value in (*session.get_inputs(), *session.get_overridable_initializers()))
 
     @property
     def device(self) -> SimpleNamespace:
@@ -269,9 +276,35 @@ class Engine:
         ids, rows = self.tokenizer.cut(self.chat.plain(text), min(max_tokens, self.context))
         if not rows:
             raise InputError(message("embed a text", "it is empty", "give one with at least one word"))
-        talk = self._new_talk(self._mix(None), len(ids))
-        talk.feed(ids)
-        return talk.states[rows]
+        return self.hidden_states(ids)[rows]
+
+    def embed(self, conversation: Sequence[Turn], answer: str, max_tokens: int) -> Embeddings:
+        """Returns what a stream that gives this answer has at its end, by one prefill of the base model.
+
+        Prompt and answer are cut to `max_tokens` as `Chat.encode` says. Raises InputError where the graph gives no
+        hidden states, or the template refuses the turns.
+        """
+        encoded = self.encode(Example(tuple(conversation), answer), min(max_tokens, self.context))
+        ids, prompt = encoded.ids, encoded.ids[: encoded.prompt_tokens]
+        if len(ids) > len(prompt) and ids[-1] == self.chat.end_of_turn:  # a stream ends with it, and never feeds it
+            ids = ids[:-1]
+        asked = rows_of(conversation[-1].text, prompt, self.chat)
+        return Embeddings(self.hidden_states(ids), tuple(ids), len(prompt), asked, {})
+
+    def hidden_states(self, ids: Sequence[int], *, follows: bool = False) -> Floats:
+        """Returns the base model's last hidden states of ids as they are, after the final norm: [n, d] float32.
+
+        `follows`: they go on from those of the call before, whose beginning is then not computed again; its KV cache is
+        held for that. Raises InputError where there are none, more than the context holds, or the graph gives none.
+        """
+        self._check_hidden()
+        ids = self._fitting(ids)
+        talk = self._read if follows else None
+        if talk is None or talk.broken:
+            talk = self._new_talk(self._mix(None), len(ids))
+        talk.feed(ids[talk.reuse(ids) :])
+        self._read = talk if follows else self._read
+        return talk.states
 
     # Inside
 

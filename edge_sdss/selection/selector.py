@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -99,6 +99,11 @@ class Selector:
             self.buffer.remove(slot)
         if decision.exemplar is not None and decision.slot is not None:
             self.buffer.put(decision.slot, decision.exemplar)
+
+    def rescored(self, exemplar: Exemplar, tokens: Any) -> Exemplar:
+        """Returns the exemplar with the EOE and the vector of other token embeddings; nothing is decided."""
+        _, found = self._score(exemplar.dialogue, tokens)
+        return replace(exemplar, eoe=found.eoe, vector=found.vector)
 
     def _score(self, dialogue: Dialogue, tokens: Any) -> tuple[Candidate, Exemplar]:
         offsets = np.array([0, len(tokens)], dtype=np.int64)
