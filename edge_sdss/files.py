@@ -10,6 +10,7 @@ from typing import NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from edge_sdss.config import parse
 from edge_sdss.errors import InputError, message
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -67,6 +68,29 @@ def read_record(path: Path, model: type[Model], name: str) -> Model:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise InputError(message(asked, f"{key}: {first['msg']}", f"give {name}, or write it anew")) from error
+
+
+def read_named(name: str, folder: Path, model: type[Model], kind: str, docs: str) -> Model:
+    """Reads the TOML file of that name in `folder`, or one of the user's own by its path, into its model.
+
+    The model's `name` is the file's. `kind` is what it is called, `docs` where its keys are explained. Raises
+    InputError for an unknown name and for a file that is none, with the key that is wrong.
+    """
+    names = sorted(file.stem for file in folder.glob("*.toml"))
+    file = folder / f"{name}.toml" if name in names else Path(name).expanduser()
+    asked = f"load {kind} {name}"
+    if name not in names and file.suffix != ".toml":
+        raise InputError(message(asked, f"no such {kind}", f"choose {', '.join(names)}, or give a TOML file"))
+    try:
+        return model.model_validate({**parse(file.read_text(encoding="utf-8")), "name": file.stem})
+    except OSError as error:
+        raise InputError(message(asked, error.strerror or "unreadable", "check the path")) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = f"{'.'.join(str(part) for part in first['loc']) or 'the file'}: {first['msg']}"
+        raise InputError(message(asked, found, f"see {docs}")) from error
+    except ValueError as error:
+        raise InputError(message(asked, f"no valid TOML, {error}", "mend that line")) from error
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from tiny import TEMPLATE, TEXT
+from tiny import TEMPLATE, byte_pairs
 
 from edge_sdss import bundles
 from edge_sdss.bundles import Graph, Manifest, Site, adapters
@@ -301,17 +301,7 @@ def _save(net: _Net, file: Path, tiny: Tiny, shared: bool, hidden_states: bool) 
 
 def write_tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> int:
     """Writes a byte-level BPE with three special tokens; returns its size."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = [AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator([TEXT], trainer)
+    bpe = byte_pairs()
     bpe.save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import document
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -460,13 +461,6 @@ def call(monkeypatch, capsys, tmp_path):
         return end.value.code, out, err
 
     return run
-
-
-def document(found):
-    code, out, err = found
-    assert code == 0, err
-    assert out.count("\n") == 1, "one document on stdout"
-    return json.loads(out)
 
 
 def test_one_answer_as_json(call, made, endless, talk):

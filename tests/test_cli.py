@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import document
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")
@@ -53,13 +54,6 @@ def call(monkeypatch, capsys, lm, tiny, tmp_path):
         return end.value.code, out, err
 
     return run
-
-
-def document(found):
-    code, out, err = found
-    assert code == 0, err
-    assert out.count("\n") == 1, "one document on stdout"
-    return json.loads(out)
 
 
 @pytest.mark.parametrize(("verb", "doc"), VERBS, ids=[name for name, _ in VERBS])

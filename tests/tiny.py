@@ -32,11 +32,9 @@ class Bare:
         pass
 
 
-def tiny_model(folder: Path, *, seed: int = 0, width: int = 64, template: str | None = TEMPLATE) -> Path:
-    """Writes the model into `folder` (about 0.5 MB) and returns it. Equal arguments, equal bytes."""
-    import torch
+def byte_pairs() -> Any:
+    """A byte-level BPE with three special tokens, trained on TEXT."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -47,6 +45,15 @@ def tiny_model(folder: Path, *, seed: int = 0, width: int = 64, template: str | 
         vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator([TEXT], trainer)
+    return bpe
+
+
+def tiny_model(folder: Path, *, seed: int = 0, width: int = 64, template: str | None = TEMPLATE) -> Path:
+    """Writes the model into `folder` (about 0.5 MB) and returns it. Equal arguments, equal bytes."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bpe = byte_pairs()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from edge_sdss.config import parse
-from edge_sdss.errors import InputError, message
+from edge_sdss.files import read_named
 from edge_sdss.tree import Tree
 
 _FOLDER = Path(__file__).parent
@@ -123,22 +121,7 @@ def load(name: str) -> Board:
 
     Raises InputError for an unknown name and for a file that is no board.
     """
-    known = name in names()
-    file = _FOLDER / f"{name}.toml" if known else Path(name).expanduser()
-    asked = f"load board {name}"
-    if not known and file.suffix != ".toml":
-        raise InputError(message(asked, "no such board", f"choose {', '.join(names())}, or give a TOML file"))
-    try:
-        values: dict[str, Any] = parse(file.read_text(encoding="utf-8"))
-        return Board.model_validate({**values, "name": file.stem})
-    except OSError as error:
-        raise InputError(message(asked, str(error.strerror), "check the path")) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        found = f"{'.'.join(str(part) for part in first['loc']) or 'the file'}: {first['msg']}"
-        raise InputError(message(asked, found, "see docs/boards.md")) from error
-    except ValueError as error:
-        raise InputError(message(asked, f"no valid TOML, {error}", "mend that line")) from error
+    return read_named(name, _FOLDER, Board, "board", "docs/boards.md")
 
 
 def match(tree: Tree) -> Board | None:

@@ -6,13 +6,12 @@ They lie in export/ beside the package, and in a wheel inside of it. Knows nothi
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from edge_sdss.bundles.manifest import KvCache, Precision
-from edge_sdss.config import parse
-from edge_sdss.errors import InputError, message
+from edge_sdss.files import read_named
 
 Route = Literal["fast", "portable", "merged"]
 Provider = Literal["cpu", "cuda", "tensorrt", "coreml", "qnn"]
@@ -133,19 +132,4 @@ def load(name: str) -> Recipe:
 
     Raises InputError for an unknown name and for a file that is no recipe, with the key that is wrong.
     """
-    known = name in names()
-    file = folder() / f"{name}.toml" if known else Path(name).expanduser()
-    asked = f"load recipe {name}"
-    if not known and file.suffix != ".toml":
-        raise InputError(message(asked, "no such recipe", f"choose {', '.join(names())}, or give a TOML file"))
-    try:
-        values: dict[str, Any] = parse(file.read_text(encoding="utf-8"))
-        return Recipe.model_validate({**values, "name": file.stem})
-    except OSError as error:
-        raise InputError(message(asked, error.strerror or "unreadable", "check the path")) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        found = f"{'.'.join(str(part) for part in first['loc']) or 'the file'}: {first['msg']}"
-        raise InputError(message(asked, found, "see docs/recipes.md")) from error
-    except ValueError as error:
-        raise InputError(message(asked, f"no valid TOML, {error}", "mend that line")) from error
+    return read_named(name, folder(), Recipe, "recipe", "docs/recipes.md")
