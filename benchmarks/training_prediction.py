@@ -124,7 +124,7 @@ def _both(case: Case, given: tuple[dict[str, Any], Any]) -> tuple[int, int]:
         max_tokens=case.sequence,
         epochs=1,
     )
-    fit = Fit(case.micro_batch, case.loss_chunk, case.checkpointing, case.sequence)
+    fit = Fit(case.micro_batch * case.sequence, case.loss_chunk, case.checkpointing, case.sequence)
     architecture = shapes.architecture(stated)
     setup = planner.setup_of(architecture, settings, fit, case.sequence, case.weights, "float32")
     setup = replace(setup, labels=case.micro_batch * (case.sequence - 1))

@@ -27,7 +27,6 @@ from edge_sdss.selection.buffer import entry_bytes
 from edge_sdss.store import Round as StoredRound
 from edge_sdss.store import Store, lock, now
 from edge_sdss.tuning import budgeted, outofmemory, trainer
-from edge_sdss.tuning.fit import Fit
 from edge_sdss.types import (
     Annotation,
     Decision,
@@ -220,10 +219,10 @@ class Session:
 
         Raises BudgetExceeded before anything else where the settings' memory is too little.
         """
-        fit = self._planned()
+        self._refuse_too_little_memory()
         stored = self.store.open_round(self._start())
         tally = self.synthesise()
-        tuned = self._tune(stored, fit)
+        tuned = self._tune(stored)
         verdict, before, after = self._judge(stored, tuned)
         self._probe(tuned.adapter)
         trained = [example.dialogue_id for example in self.material()]
@@ -276,7 +275,7 @@ class Session:
                 self.store.put_variants(group)
         return synthesis.tally([v for variants in self.store.variants().values() for v in variants])
 
-    def _tune(self, stored: StoredRound, fit: Fit | None) -> trainer.Round:
+    def _tune(self, stored: StoredRound) -> trainer.Round:
         originals = self.material()
         variants = self.store.variants()
         written = [rounds.variant_of(e, v) for e in originals for v in variants.get(e.dialogue_id, ()) if not v.dropped]
@@ -295,7 +294,7 @@ class Session:
             conditions = trainer.Conditions(on_event=self.on_event)
             return trainer.train(self.lm, learnt, chosen, out, conditions=conditions, **options)
         self._free_model()
-        options |= {"budget_bytes": chosen.memory, "fit": fit, "on_event": self.on_event}
+        options |= {"budget_bytes": chosen.memory, "on_event": self.on_event}
         return budgeted.train(self.settings.model, learnt, chosen, out, **options)
 
     def _probe(self, adapter: Path) -> None:
@@ -305,9 +304,10 @@ class Session:
 
             bundling.record(self.lm, adapter)
 
-    def _planned(self) -> Fit | None:
+    def _refuse_too_little_memory(self) -> None:
         chosen = self.settings.tuning
-        return budgeted.planned(self.settings.model, chosen, chosen.memory) if chosen.memory else None
+        if chosen.memory is not None:
+            budgeted.planned(self.settings.model, chosen, chosen.memory)
 
     def _free_model(self) -> None:
         """Gives the model's memory to others until it is needed again; one that was given stays where it is."""

@@ -37,13 +37,13 @@ def test_each_fit_is_smaller_than_the_one_before_down_to_the_least(fit: Fit) -> 
         assert after.instead_of(before)
         # What changes the result comes last.
         if after.max_tokens < before.max_tokens:
-            assert (before.micro_batch, before.checkpointing) == (1, True)
+            assert (before.tokens, before.checkpointing) == (1, True)
             assert before.loss_chunk <= 16
             assert "changes the result" in after.instead_of(before)
         else:
             assert "changes the result" not in after.instead_of(before)
     last = found[-1]
-    assert (last.micro_batch, last.checkpointing) == (1, True)
+    assert (last.tokens, last.checkpointing) == (1, True)
     assert (last.loss_chunk, last.max_tokens) == (min(fit.loss_chunk, 16), min(fit.max_tokens, 64))
     assert Fit(**json.loads(json.dumps(asdict(fit)))) == fit
 
@@ -56,18 +56,41 @@ def test_within_is_the_largest_that_both_allow(one: Fit, other: Fit) -> None:
     assert one.within(one) == one
 
 
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=20), st.integers(1, 700))
+def test_parts_hold_as_many_sequences_as_their_tokens_allow(lengths: list[int], tokens: int) -> None:
+    lengths.sort()
+    parts = Fit(tokens, 64, True, 512).parts(lengths)
+    assert [index for part in parts for index in part] == list(range(len(lengths)))
+    for part in parts:
+        assert len(part) == 1 or len(part) * lengths[part[-1]] <= tokens
+    for part, after in itertools.pairwise(parts):  # one more would have been too many
+        assert (len(part) + 1) * lengths[after[0]] > tokens
+
+
+def test_what_the_sequences_really_need_is_what_is_given_up() -> None:
+    plain = Fit.of(config.Tuning(batch_size=8, max_tokens=512))
+    known = plain.of_sequences(longest=80, batch_size=8)
+    assert (known.tokens, known.max_tokens) == (640, 80)
+    assert known.of_sequences(200, 8) == known
+    cut = [[len(part) for part in fit.parts([80] * 8)] for fit in chain(known) if fit.checkpointing]
+    assert [cut[0], *(after for before, after in itertools.pairwise(cut) if after != before)] == [
+        [8], [4, 4], [2, 2, 2, 2], [1] * 8
+    ]  # fmt: skip
+
+
 def test_order_and_words() -> None:
     found = chain(Fit.of(config.Tuning(batch_size=4, loss_chunk=40, max_tokens=200)))
     assert [each.instead_of(before) for before, each in itertools.pairwise(found)] == [
         "logits of 20 tokens at a time instead of 40",
         "logits of 16 tokens at a time instead of 20",
         "layers recomputed",
-        "2 examples at a time instead of 4",
-        "1 examples at a time instead of 2",
+        "400 tokens at a time instead of 800 tokens",
+        "200 tokens at a time instead of 400 tokens",
+        "one sequence at a time instead of 200 tokens",
         "sequences cut at 100 tokens instead of 200, which changes the result",
         "sequences cut at 64 tokens instead of 100, which changes the result",
     ]
-    assert found[0].words == "4 at a time, logits of 40 tokens, layers kept, sequences of at most 200 tokens"
+    assert found[0].words == "800 tokens at a time, logits of 40 tokens, layers kept, sequences of at most 200 tokens"
     assert Fit.of(config.Tuning(checkpointing="on")).checkpointing
 
 
@@ -91,6 +114,8 @@ SETTINGS = config.Tuning(
     rank=4, batch_size=4, epochs=2, learning_rate=3e-3, max_tokens=128, checkpoint_every=2, loss_chunk=64
 )
 WHOLE = Fit.of(SETTINGS)
+LONGEST = 40  # of EXAMPLES, in tokens of the tiny model
+NEEDED = WHOLE.of_sequences(LONGEST, SETTINGS.batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +164,13 @@ def gradients(lm: LanguageModel, fit: Fit, monkeypatch: pytest.MonkeyPatch) -> d
 
 @pytest.mark.parametrize(
     "fit",
-    [Fit(2, 64, False, 128), Fit(3, 16, True, 128), Fit(1, 1, True, 128), Fit(1, 7, False, 128), Fit(9, 64, True, 128)],
+    [
+        Fit(80, 64, False, 128),
+        Fit(100, 16, True, 128),
+        Fit(1, 1, True, 128),
+        Fit(1, 7, False, 128),
+        Fit(999, 64, True, 128),
+    ],
     ids=lambda fit: fit.words,
 )
 def test_gradients_do_not_depend_on_how_a_step_is_cut(lm: LanguageModel, fit: Fit, monkeypatch: Any) -> None:
@@ -181,13 +212,13 @@ def test_a_whole_batch_is_the_plain_step_bit_for_bit(lm: LanguageModel, tmp_path
 
 def test_a_round_does_not_depend_on_how_its_steps_are_cut(lm: LanguageModel, tmp_path: Path) -> None:
     whole = train(lm, EXAMPLES, SETTINGS, tmp_path / "whole")
-    for name, fit in {"one": Fit(1, 16, True, 128), "odd": Fit(3, 5, False, 128)}.items():
+    for name, fit in {"one": Fit(1, 16, True, 128), "odd": Fit(90, 5, False, 128)}.items():
         found = train(lm, EXAMPLES, SETTINGS, tmp_path / name, conditions=Conditions(fit=fit))
         assert difference(tensors(found.adapter), tensors(whole.adapter)) < 1e-5
         assert [step.loss for step in found.losses] == pytest.approx([step.loss for step in whole.losses], rel=1e-5)
         assert [step.tokens for step in found.losses] == [step.tokens for step in whole.losses]
     assert found.peak_tensor_bytes < whole.peak_tensor_bytes
-    again = train(lm, EXAMPLES, SETTINGS, tmp_path / "again", conditions=Conditions(fit=Fit(3, 5, False, 128)))
+    again = train(lm, EXAMPLES, SETTINGS, tmp_path / "again", conditions=Conditions(fit=Fit(90, 5, False, 128)))
     assert sha256(again.adapter / WEIGHTS) == sha256(found.adapter / WEIGHTS)
 
 
@@ -261,11 +292,12 @@ def test_a_step_without_memory_is_done_again_with_less(
     events: list[dict[str, Any]] = []
     found = train(lm, EXAMPLES, SETTINGS, tmp_path / "a", conditions=Conditions(on_event=events.append))
     assert count() >= max(calls)
+    assert next(event["began"] for event in events if "began" in event) == {"step": 0, "fit": asdict(NEEDED)}
     card = assert_same(found, undisturbed)
     told = [event["stepped_down"] for event in events if "stepped_down" in event]
     assert card["stepped_down"] == told
     assert len(told) == len(calls)
-    assert card["fit"] == told[-1]["fit"] == asdict(chain(WHOLE)[len(told)])
+    assert card["fit"] == told[-1]["fit"] == asdict(chain(NEEDED)[len(told)])
     assert told[0]["words"] == "logits of 32 tokens at a time instead of 64"
     assert all(1 <= each["step"] <= len(found.losses) for each in told)
     assert not (tmp_path / "a.checkpoint").exists()
@@ -306,7 +338,9 @@ def test_where_nothing_smaller_fits_a_checkpoint_is_left_and_a_later_run_ends_th
 ) -> None:
     with monkeypatch.context() as patched:
         plant(patched, "loss", set(range(6, 10_000)), FACES["tegra"])
-        with pytest.raises(BudgetExceeded, match=r"out of memory at step 6 with 1 at a time, logits of 16 .*NVML"):
+        with pytest.raises(
+            BudgetExceeded, match=r"out of memory at step 6 with one sequence at a time, logits of 16 .*NVML"
+        ):
             train(lm, EXAMPLES, SETTINGS, tmp_path / "a")
     assert not (tmp_path / "a").exists()
     assert sorted(path.name for path in (tmp_path / "a.checkpoint").iterdir()) == ["step-000004", "step-000005"]
@@ -314,8 +348,8 @@ def test_where_nothing_smaller_fits_a_checkpoint_is_left_and_a_later_run_ends_th
     # It goes on with less, and what was cut before is cut still.
     found = train(lm, EXAMPLES, SETTINGS, tmp_path / "a", progress=lambda _stage, done, _total: seen.append(done))
     assert seen[0] == 5
-    card = assert_same(found, undisturbed)  # no example is longer than 64 tokens
-    assert card["fit"] == asdict(Fit(1, 16, True, 64))
+    card = assert_same(found, undisturbed)
+    assert card["fit"] == asdict(Fit(1, 16, True, LONGEST))
     assert [each["step"] for each in card["stepped_down"]] == [6] * 6
 
 
@@ -336,10 +370,10 @@ def test_shorter_sequences_are_the_last_resort_and_said_plainly(
     card = json.loads((found.adapter / "edge_sdss.json").read_text())
     assert card["fit"] == asdict(Fit(1, 16, True, 64))
     words = [each["words"] for each in card["stepped_down"]]
-    assert words[-1] == "sequences cut at 64 tokens instead of 128, which changes the result"
+    assert words[-1] == "sequences cut at 64 tokens instead of 113, which changes the result"
     assert found.steps == len(found.losses) == 6
     # The plan can cut them from the start; equal examples make the same steps.
-    fit = Conditions(fit=Fit(4, 64, False, 64))
+    fit = Conditions(fit=Fit(256, 64, False, 64))
     short = train(lm, long, SETTINGS, tmp_path / "b", conditions=fit)
     assert sum(step.tokens for step in short.losses) == 2 * sum(len(lm.encode(each, 64).ids) for each in long)
 
@@ -379,7 +413,7 @@ def test_a_setting_that_changes_rounding_only_takes_up_the_round(lm: LanguageMod
     found = train(lm, EXAMPLES, smaller, tmp_path / "a", progress=lambda _stage, done, _total: seen.append(done))
     assert seen[0] == 3
     card = json.loads((found.adapter / "edge_sdss.json").read_text())
-    assert card["fit"] == asdict(Fit(4, 8, True, 128))
+    assert card["fit"] == asdict(Fit(4 * LONGEST, 8, True, LONGEST))
 
 
 class Watch:

@@ -192,7 +192,7 @@ def test_the_least_that_is_named_is_enough_and_a_byte_less_is_not() -> None:
     least = plan(sizes, 64 * GIB, DEFAULTS, runtime_bytes=MIB).least.needed_bytes + MIB
     found = plan(sizes, least, DEFAULTS, runtime_bytes=MIB)
     assert found.chosen == found.least
-    assert (found.fit.checkpointing, found.fit.micro_batch) == (True, 1)
+    assert (found.fit.checkpointing, found.fit.tokens) == (True, 512)
     with pytest.raises(
         BudgetExceeded, match=rf"the least that would do is {-(-least // MIB)} MiB, .* to nf4, which does"
     ):
@@ -217,14 +217,14 @@ def test_what_the_settings_fix_stays(checkpointing: Any) -> None:
     for candidate in (found.chosen, found.least):
         assert candidate.fit.checkpointing == (checkpointing == "on")
         assert (candidate.fit.loss_chunk, candidate.fit.max_tokens) == (8, 512)
-    assert (found.fit.micro_batch, found.least.fit.micro_batch) == (3, 1)
+    assert (found.fit.tokens, found.least.fit.tokens) == (3 * 512, 512)
 
 
 def test_short_examples_take_less() -> None:
     sizes = known("SmolLM2-135M")
     long, short = (plan(sizes, 64 * GIB, DEFAULTS, runtime_bytes=0, longest=longest) for longest in (9999, 40))
     assert (long.chosen.setup.sequence, short.chosen.setup.sequence) == (512, 40)
-    assert short.fit == long.fit
+    assert (long.fit.tokens, short.fit) == (8 * 512, replace(long.fit, tokens=8 * 40))
     assert short.chosen.tensor_bytes < long.chosen.tensor_bytes
 
 

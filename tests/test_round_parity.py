@@ -40,7 +40,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 ROWS = [Encoded([(7 * i + 3 * row) % 120 + 3 for i in range(n)], prompt) for row, n, prompt in
         ((0, 24, 9), (1, 5, 4), (2, 31, 1), (3, 17, 16), (4, 12, 5))]  # fmt: skip
-FITS = [Fit(micro, chunk, on, 64) for micro in (1, 2, 5) for chunk, on in ((5, True), (5, False), (128, True))]
+FITS = [Fit(tokens, chunk, on, 64) for tokens in (1, 40, 999) for chunk, on in ((5, True), (5, False), (128, True))]
 
 
 def model_of(family: str, **changes: Any) -> Any:

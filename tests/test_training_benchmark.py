@@ -31,7 +31,7 @@ from edge_sdss.errors import BudgetExceeded
 from edge_sdss.profiling.versus import versus_many
 from edge_sdss.tuning.fit import Fit
 
-FIT = Fit(micro_batch=4, loss_chunk=64, checkpointing=True, max_tokens=256)
+FIT = Fit(tokens=1024, loss_chunk=64, checkpointing=True, max_tokens=256)
 SCALE = training_scale.Scale(threads=1)
 MIB = 1 << 20
 

@@ -38,8 +38,9 @@ class Conditions:
     """Under which a round is trained: what it keeps to, and whom it tells.
 
     `fit` is what to begin with, None for the plain one; `stepped_down` what was given up already. `check` raises
-    Stopped where the round is to end. `on_event` hears {"step": ...} after each step, {"held_out": ...} after an
-    epoch with patience, {"stepped_down": ...} where memory ran out. `facts` are asked at the end, for the card.
+    Stopped where the round is to end. `on_event` hears {"began": ...} with the fit that the sequences really need,
+    {"step": ...} after each step, {"held_out": ...} after an epoch with patience, {"stepped_down": ...} where memory
+    ran out. `facts` are asked at the end, for the card.
     """
 
     fit: Fit | None = None
@@ -95,8 +96,14 @@ class Course:
         from edge_sdss.tuning.steps import Optimisation
 
         encoded = self._encoded(self._settings.max_tokens, self._examples)
+        held_out = self._encoded(self._settings.max_tokens, self._held_out)
+        longest = max(len(each.ids) for each in [*encoded, *held_out])
+        self._fit = self._fit.of_sequences(longest, self._settings.batch_size)
         run = Optimisation(adapted, encoded, self._settings, self._check)
         self._resume(run)
+        if self._fit.max_tokens < longest:
+            run.shorten(self._encoded(self._fit.max_tokens, self._examples))
+        self._conditions.on_event({"began": {"step": len(run.done), "fit": asdict(self._fit)}})
         self._progress("tune", len(run.done), run.steps)
         try:
             while True:
@@ -225,8 +232,6 @@ class Course:
             self._stepped_down = [*earlier, *(each for each in self._stepped_down if each not in earlier)]
             self._stopping = self._begun(record["held_out"])
             self._written = state.step
-        if self._fit.max_tokens < self._settings.max_tokens:
-            run.shorten(self._encoded(self._fit.max_tokens, self._examples))
 
 
 def _attempt(work: Callable[[], None]) -> Exception | None:

@@ -140,12 +140,12 @@ def plan(
 def setup_of(
     architecture: Architecture, settings: config.Tuning, fit: Fit, tokens: int, weights: str, loaded: str
 ) -> Setup:
-    """Returns the sizes of a step in bytes and tokens, as `limit` and `predict` want them."""
+    """Returns the sizes of a step of sequences of `tokens` tokens, as `limit` and `predict` want them."""
     kind = loaded if weights == "as loaded" else weights
     compute = settings.compute_dtype if kind in _DECODE else kind
     adapter = _size(settings.adapter_dtype)
     return Setup(
-        batch=fit.micro_batch,
+        batch=max(fit.tokens // tokens, 1),
         sequence=tokens,
         weight_bits=WEIGHT_BITS.get(kind, 8.0 * _size(kind)),
         embedding_bytes=_size(compute),
@@ -156,7 +156,7 @@ def setup_of(
         loss_chunk=fit.loss_chunk,
         modules=None if settings.targets == "all-linear" else settings.targets,
         top_layers=settings.top_layers,
-        accumulates=fit.micro_batch < settings.batch_size,
+        accumulates=fit.tokens < settings.batch_size * tokens,
     )
 
 
@@ -189,10 +189,10 @@ def _candidates(
     ratio = 1.0 if calibration is None else calibration.ratio
     chunks = _halves(settings.loss_chunk, min(LEAST_CHUNK, settings.loss_chunk))
     for kind in dict.fromkeys(kinds):
-        for micro_batch in _halves(settings.batch_size, 1):
+        for sequences in _halves(settings.batch_size, 1):
             for chunk in chunks:
                 for checkpointing in modes:
-                    fit = Fit(micro_batch, chunk, checkpointing, settings.max_tokens)
+                    fit = Fit(sequences * tokens, chunk, checkpointing, settings.max_tokens)
                     setup = setup_of(architecture, settings, fit, tokens, kind, loaded)
                     parts = predict(architecture, setup, checkpointing=checkpointing, dropout=settings.dropout > 0)
                     needed = parts.resident_bytes + round(ratio * (parts.peak_bytes - parts.resident_bytes))

@@ -136,10 +136,10 @@ class Optimisation:
         self._adapted.model.eval()
         try:
             total = torch.zeros((), dtype=torch.float64)
-            for start in range(0, len(rows), fit.micro_batch):
+            for part in _parts(rows, fit):
                 if self._check is not None:
                     self._check()
-                total += self._loss(rows[start : start + fit.micro_batch], fit.loss_chunk).double().cpu()
+                total += self._loss(part, fit.loss_chunk).double().cpu()
         finally:
             self._adapted.model.train()
         return float(total / sum(len(row.ids) - row.prompt_tokens for row in rows))
@@ -200,14 +200,13 @@ class Optimisation:
         """Adds up gradients, and returns the loss: mean nats per answer token over the batch."""
         answers = sum(len(row.ids) - row.prompt_tokens for row in rows)
         loss = torch.zeros((), device=self._weight.device)
-        # A batch is sorted by length, so its parts hold little padding.
-        for start in range(0, len(rows), fit.micro_batch):
+        for part in _parts(rows, fit):
             if self._check is not None:
                 self._check()
-            part = self._loss(rows[start : start + fit.micro_batch], fit.loss_chunk) / answers
-            part.backward()
-            loss += part.detach()
-            del part
+            share = self._loss(part, fit.loss_chunk) / answers
+            share.backward()
+            loss += share.detach()
+            del share
         return loss
 
     def _loss(self, rows: Sequence[Encoded], chunk: int) -> torch.Tensor:
@@ -229,6 +228,11 @@ class Optimisation:
             .index_select(0, predicts)
         )
         return cross_entropy(answers, self._weight, targets, chunk=chunk)
+
+
+def _parts(rows: Sequence[Encoded], fit: Fit) -> list[Sequence[Encoded]]:
+    """What goes through the model at a time. The rows are sorted by length, so there is little padding."""
+    return [rows[part.start : part.stop] for part in fit.parts([len(row.ids) for row in rows])]
 
 
 def _largest(plan: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
