@@ -355,7 +355,10 @@ def test_a_limit_of_the_process_that_is_lowered(
     told = [event["stepped_down"] for event in events if "stepped_down" in event]
     assert told
     if complaint:
-        assert re.search(r"out of memory at step \d with 1 at a time|the process was ended with 1 at a time", complaint)
+        assert re.search(
+            r"out of memory at step \d with one sequence at a time|the process was ended with one sequence at a time",
+            complaint,
+        )
         assert "run it again" in complaint
 
 
