@@ -14,7 +14,7 @@ from edge_sdss.bundles import recipes
 from edge_sdss.lm import CARD, loading
 from edge_sdss.types import Example, Turn, no_progress
 
-RECIPE = "onnxruntime-cpu"
+RECIPES = {"int4": "onnxruntime-cpu", "int8": "onnxruntime-cpu-int8"}
 PRECISIONS = ("int4", "int8", "float32")
 RANK, ADAPTERS = 8, 11
 TALK = Path("memorybank") / "memory_bank_en.json"
@@ -43,12 +43,10 @@ class Subject:
         """Exports the model with one adapter, if it was not exported before: the recipe's graph, in a precision."""
         out = self.work / precision
         if not (out / bundles.MANIFEST).is_file():
-            changes = {"precision": precision, "name": f"{RECIPE}, {precision}"}
-            if precision == "float32":
-                changes |= {"block_size": None}
-            recipe = recipes.load(RECIPE)
-            if precision != recipe.precision:
-                recipe = recipes.Recipe.model_validate({**recipe.model_dump(), **changes, "limits": {"kl_nats": 0.1}})
+            recipe = recipes.load(RECIPES.get(precision, RECIPES["int4"]))
+            if precision not in RECIPES:  # no recipe asks for it: the same graph, before it is quantised
+                changes = {"precision": precision, "block_size": None, "limits": {"kl_nats": 1e-3}}
+                recipe = recipes.Recipe.model_validate({**recipe.model_dump(), **changes})
             print(f"exporting {precision} ...", flush=True)
             bundling.bundle(self.settings, recipe, out, adapters={"r8": self.adapter(0)}, overwrite=True)
         return out

@@ -11,9 +11,10 @@ import numpy as np
 from edge_sdss.bundles.manifest import Precision
 from edge_sdss.errors import ExportError, message
 from edge_sdss.exporting import fast_weights
+from edge_sdss.exporting.blocks import Floats
 from edge_sdss.exporting.fast_config import Spec
 from edge_sdss.exporting.fast_nodes import MICROSOFT, Net
-from edge_sdss.exporting.fast_weights import Floats, Weights
+from edge_sdss.exporting.fast_weights import Weights
 from edge_sdss.types import Progress
 
 if TYPE_CHECKING:
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What was asked for; `block_means` is explained at `fast_weights.pack_four`."""
+    """What was asked for; `block_means` is explained at `fast_weights.pack_four`.
+
+    `half`: activations, KV cache and adapters in float16, as a GPU wants them, also of weights in 4 or 8 bits.
+    """
 
     precision: Precision
     block_size: int = 32
@@ -30,6 +34,7 @@ class Options:
     hidden_states: bool = False
     last_logits_only: bool = True
     block_means: bool = True
+    half: bool = False
 
 
 class Decoder:
