@@ -113,6 +113,25 @@ def test_the_fast_route_answers_as_torch_and_peft(made: Path, model: Path, mine:
     answers_as_torch(made, model, mine)
 
 
+@pytest.mark.parametrize("name", [None, "mine"])
+def test_onnxruntime_genai_opens_the_bundle_and_its_adapter(name: str | None, made: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    engine, opened = Engine.open(made, threads=1), genai.Model(str(made))
+    prompt = engine.chat.prompt_ids(TALK, 64)
+    settings = genai.GeneratorParams(opened)
+    settings.set_search_options(max_length=len(prompt) + 12, min_length=len(prompt) + 12)
+    generator = genai.Generator(opened, settings)
+    if name is not None:
+        adapters_ = genai.Adapters(opened)
+        adapters_.load(str(made / f"adapters/{name}.onnx_adapter"), name)
+        generator.set_active_adapter(adapters_, name)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    answer = generator.get_sequence(0).tolist()[len(prompt) :]
+    assert answer == [id_ for id_, _ in zip(engine.follow(prompt, name), range(12), strict=False)]
+
+
 def test_the_portable_route_answers_as_torch_and_peft(model: Path, mine: Path, tmp_path: Path) -> None:
     pytest.importorskip("optimum.exporters.onnx")
     plain = recipe(name="p", route="portable", precision="float32", block_size=None, kv_cache="growing")
