@@ -100,29 +100,28 @@ class Net:
         )  # fmt: skip
 
     def _with_block_means(self, x: ir.Value, packed: weights.Packed) -> tuple[ir.Value, int]:
-        """x [batch, n, columns], behind it the mean of each block of columns, and how many columns that makes.
+        """x [rows, columns], behind it the mean of each block of columns, and how many columns that makes.
 
         In float16, which is for GPUs, zeros fill the last block: CUDA's kernel for single tokens wants columns by
-        eights, and pooling is a product, which a GPU does at once.
+        eights.
         """
-        size, blocks = packed.block_size, packed.codes.shape[1]
-        name, columns = f"{x.name}.extended", packed.columns
+        size, name, columns = packed.block_size, f"{x.name}.extended", packed.columns
         inputs = columns * size // (size + 1)
-        half = self.dtype is np.float16
-        if half:
-            columns = blocks * size
+        if self.dtype is np.float16:
+            columns = packed.codes.shape[1] * size
         if name not in self._values:
-            if half:
-                pool = np.zeros((inputs, columns - inputs))
-                pool[np.arange(inputs), np.arange(inputs) // size] = 1 / size
-                means = self.op("MatMul", x, self.floats(f"pool_{inputs}", pool), name=f"{x.name}.means")
-            else:
-                means = self.op("AveragePool", x, name=f"{x.name}.means", kernel_shape=[size], strides=[size])
+            pool = np.zeros((inputs, columns - inputs))
+            pool[np.arange(inputs), np.arange(inputs) // size] = 1 / size
+            means = self.op("MatMul", x, self.floats(f"pool_{inputs}", pool), name=f"{x.name}.means")
             self._values[name] = self.op("Concat", x, means, name=name, axis=-1)
         return self._values[name], columns
 
     def adapter(self, x: ir.Value, y: ir.Value, name: str, inputs: int, modules: Sequence[tuple[str, int]]) -> ir.Value:
-        """Returns y + (x A) B. A and B are inputs whose defaults have rank 0; `modules` share them, side by side."""
+        """Returns y + (x A) B. A and B are inputs whose defaults have rank 0; `modules` share them, side by side.
+
+        A node of decoding costs microseconds whatever it computes, so product and sum are one, except in float16: of
+        a rank of 0, CUDA's Gemm makes a product whose leading dimension cuBLAS refuses.
+        """
         outputs = sum(size for _, size in modules)
         a, b = (
             self._optional(f"{name}.lora_{which}", shape, rank_axis)
@@ -136,7 +135,9 @@ class Net:
             self.sites.append(site)
             start += size
         inner = self.op("MatMul", x, a, name=f"{name}.lora_inner")
-        return self.op("Add", y, self.op("MatMul", inner, b, name=f"{name}.lora_outer"), name=f"{name}.adapted")
+        if self.dtype is np.float16:
+            return self.op("Add", y, self.op("MatMul", inner, b, name=f"{name}.lora_outer"), name=f"{name}.adapted")
+        return self.op("Gemm", inner, b, y, name=f"{name}.adapted")
 
     def _optional(self, name: str, shape: tuple[int, int], rank_axis: int) -> ir.Value:
         dims: list[int | str] = list(shape)
