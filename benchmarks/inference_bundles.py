@@ -80,7 +80,7 @@ def _write_adapter(folder: Path, model: Path, seed: int) -> None:
     )
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.02)
+            torch.nn.init.normal_(weight, std=0.05)
     tuned.save_pretrained(folder)
     card = {"base_fingerprint": loading.fingerprint(model)}
     (folder / CARD).write_text(json.dumps(card), encoding="utf-8")
