@@ -140,7 +140,9 @@ def test_wrong_input_is_one_line(call: Any, made: Path, mine: Path, tiny: Path, 
     assert "neither a manifest.json nor" in refused(call("deploy", tiny))
     assert "there is no such folder" in refused(call("export", "--model", tiny, "--adapter", "a=nowhere", "--out", "b"))
     assert "there is no adapter_config.json" in refused(call("export", "--adapter", f"a={tiny}", "--model", tiny))
-    assert "open the bundle nowhere: there is no such folder" in refused(call("chat", "--bundle", "nowhere", "--prompt", "Hi"))
+    assert "open the bundle nowhere: there is no such folder" in refused(
+        call("chat", "--bundle", "nowhere", "--prompt", "Hi")
+    )
     assert "no bundle is active" in refused(call("deploy", mine))
     assert "no bundle is active" in refused(call("rollback", "--bundle"))
     assert "the shelf is empty" in refused(call("bundles", "--activate", "0001-00000000"))
