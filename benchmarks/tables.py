@@ -1,8 +1,8 @@
 """Write the README's tables from the results. Knows nothing of how a figure was measured.
 
 A block `<!-- table:NAME -->` ... `<!-- /table -->` holds the newest line of each case, metric and device
-of the benchmark NAME. `python benchmarks/tables.py` rewrites the blocks; `--check` only says whether they
-differ.
+of the benchmark NAME: one row each, or, of a benchmark in WIDE, one row a case with these metrics side by
+side. `python benchmarks/tables.py` rewrites the blocks; `--check` only says whether they differ.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,11 @@ import results
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.S)
+WIDE = {
+    "inference": (
+        "decode", "decode, r = 8 active", "prefill of 512", "size", "held-out NLL", "change of NLL", "KL to float32",
+    ),
+}  # fmt: skip
 COLUMNS = ("Case", "Metric", "Value", "95 % interval", "n", "Compared with", "Device", "Commit")
 
 
@@ -45,6 +50,19 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def wide(rows: Iterable[Mapping[str, Any]], metrics: Sequence[str]) -> str:
+    """The rows as a Markdown table with a row for each case and device, and a column for each of these metrics."""
+    cases: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault((row["case"], row["device"]), {})[row["metric"]] = row
+    lines = [["Case", *metrics, "Device", "Commit"], ["---"] * (len(metrics) + 3)]
+    for (case, device), found in cases.items():
+        commits = dict.fromkeys(row["commit"] for row in found.values())
+        cells = [_cell(found[metric]) if metric in found else "" for metric in metrics]
+        lines.append([_escaped(case), *cells, device, ", ".join(commits)])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
 def rewrite(text: str, lines: list[dict[str, Any]]) -> str:
     """The text with each of its blocks filled. Raises ValueError for a block without results."""
 
@@ -53,7 +71,8 @@ def rewrite(text: str, lines: list[dict[str, Any]]) -> str:
         if not rows:
             known = ", ".join(sorted({line["bench"] for line in lines})) or "none at all"
             raise ValueError(f"table:{match['name']} has no results; there are {known}")
-        return match[1] + table(rows) + match[3]
+        name = match["name"]
+        return match[1] + (wide(rows, WIDE[name]) if name in WIDE else table(rows)) + match[3]
 
     return BLOCK.sub(fill, text)
 
@@ -68,12 +87,29 @@ def number(value: float | None) -> str:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    interval = f"{number(row['lo'])} to {number(row['hi'])}" if row["lo"] is not None else ""
     peer = f"{row['peer']} (× {number(row['ratio'])})" if row["peer"] else ""
     device = row["device"] + (" (emulated)" if row["emulated"] else "")
-    value = f"{number(row['value'])} {row['unit'] if row['unit'] != '1' else ''}".strip()
-    cells = [row["case"], row["metric"], value, interval, number(row["n"]), peer, device, row["commit"]]
-    return [cell.replace("|", "\\|") for cell in cells]
+    cells = [row["case"], row["metric"], _value(row), _interval(row), number(row["n"]), peer, device, row["commit"]]
+    return [_escaped(cell) for cell in cells]
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    """Value, interval and ratio in one cell; which peer the ratio is of, the text around the table says."""
+    interval = f" ({_interval(row)})" if row["lo"] is not None else ""
+    ratio = f", × {number(row['ratio'])}" if row["peer"] else ""
+    return _escaped(_value(row) + interval + ratio)
+
+
+def _value(row: Mapping[str, Any]) -> str:
+    return f"{number(row['value'])} {row['unit'] if row['unit'] != '1' else ''}".strip()
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    return f"{number(row['lo'])} to {number(row['hi'])}" if row["lo"] is not None else ""
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")
 
 
 def main(arguments: list[str], readme: Path = README, folder: Path = results.FOLDER) -> int:

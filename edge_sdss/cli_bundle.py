@@ -37,6 +37,9 @@ def export(
         str | None, typer.Option("--board", help="With --target tensorrt: refuse what this board cannot build.")
     ] = None,
     trust: Trust = False,
+    beyond_limits: Annotated[
+        bool, typer.Option("--beyond-limits", help="Have a bundle that is beyond the recipe's limits; it is noted.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle that --out holds.")] = False,
     model: Model = None,
     home: Home = None,
@@ -67,6 +70,7 @@ def export(
             merged=merged,
             overwrite=overwrite,
             trust=trust,
+            beyond_limits=beyond_limits,
             board=boards.load(board) if board else None,
             progress=progress,
         )

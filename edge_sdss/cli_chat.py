@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edge_sdss import console, options
+from edge_sdss.cli_interrupt import ctrl_c_ends_waiting, on_ctrl_c
 from edge_sdss.config import Config
 from edge_sdss.errors import BackendUnavailable, EdgeSdssError, InputError, message
 from edge_sdss.options import Bundle, Home, Json, Model, Seed, Set, Settings
@@ -67,7 +66,7 @@ def chat(
         if adapter is not None:
             _use(conversation, adapter)
         if prompt is None:
-            with _on_ctrl_c(lambda *_: conversation.stop()):  # heeded between two pieces, and never while one is stored
+            with on_ctrl_c(lambda *_: conversation.stop()):  # heeded between two pieces, and never while one is stored
                 _talk(conversation)
         else:
             _once(conversation, prompt, json_)
@@ -124,7 +123,7 @@ def _talk(conversation: Conversation) -> None:
     _greet(conversation)
     while True:
         try:
-            with _on_ctrl_c(signal.default_int_handler):
+            with ctrl_c_ends_waiting():
                 text = _typed(lambda: input("> ")).strip()
         except EOFError:
             _show("\n")
@@ -151,15 +150,6 @@ def _typed(read: Callable[[], str]) -> str:
         return read()
     except UnicodeDecodeError as error:
         raise InputError(message("read the prompt", f"it is no {error.encoding}", "write it in UTF-8")) from error
-
-
-@contextmanager
-def _on_ctrl_c(does: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, does)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _answer(conversation: Conversation, text: str) -> None:

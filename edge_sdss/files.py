@@ -50,7 +50,7 @@ def read_record(path: Path, model: type[Model], name: str) -> Model:
 
     Raises InputError, which names the first key that is wrong. NaN and infinity are no JSON.
     """
-    asked = f"read the report {path}"
+    asked = f"read {path}"
     try:
         value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except OSError as error:

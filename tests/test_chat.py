@@ -8,8 +8,10 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import sqlite3
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -551,10 +553,10 @@ def test_what_a_terminal_would_obey_is_not_shown(capsys):
 class Terminal:
     """A program on a pseudo-terminal."""
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, **environment):
         import pty
 
-        own = {"PYTHONPATH": str(REPOSITORY), "TERM": "xterm", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+        own = {"PYTHONPATH": str(REPOSITORY), "TERM": "xterm", "COLUMNS": "200", "OMP_NUM_THREADS": "1", **environment}
         program, environment = [sys.executable, "-m", "edge_sdss", *map(str, arguments)], {**os.environ, **own}
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
@@ -627,6 +629,48 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(endless, home):
     assert "not offered" in screen.read("The buffer holds 0 of 32 bins")
     screen.read("> ")  # before the prompt is there the terminal keeps a Ctrl-D to itself
     screen.type("\x04")
+    assert screen.end() == 0
+
+
+@pytest.fixture(params=[False, True], ids=["at-once", "late"])
+def waits(request, tmp_path):
+    """The environment of a program; `late`: its `select` begins 0.3 s after it was called, as on a busy machine."""
+    if not request.param:
+        return {}
+    if sys.platform != "linux" or not (compiler := shutil.which("cc")):
+        pytest.skip("needs Linux and a C compiler")
+    subprocess.run([compiler, "-shared", "-fPIC", "-xc", "-", "-o", tmp_path / "late.so"], input=LATE, check=True)
+    return {"LD_PRELOAD": str(tmp_path / "late.so")}
+
+
+LATE = b"""
+#include <poll.h>
+#include <sys/select.h>
+#include <time.h>
+int select(int n, fd_set *in, fd_set *out, fd_set *bad, struct timeval *most) {
+    struct timespec left = {0, 300000000}, span = {0, 0};
+    while (nanosleep(&left, &left)) {}
+    if (most) span = (struct timespec){most->tv_sec, most->tv_usec * 1000};
+    return pselect(n, in, out, bad, most ? &span : 0, 0);
+}
+"""
+
+
+def test_ctrl_c_at_the_prompt_is_heard_and_takes_back_what_was_typed(endless, home, waits):
+    """However close to the prompt: a signal before `input`'s select interrupts no wait."""
+    screen = Terminal("chat", "--bundle", endless, "--home", home, "--max-tokens", 3, **waits)
+    for typed in ("", "", "nev"):
+        screen.read("> ")
+        if typed:
+            screen.type(typed)
+            screen.read(typed)
+        screen.type("\x03")
+        screen.read("/quit or Ctrl-D ends the conversation.")
+    screen.read("> ")
+    screen.type("/why\n")
+    assert "nev" not in screen.read("The buffer holds 0 of 32 bins")
+    screen.read("> ")
+    screen.type("/quit\n")
     assert screen.end() == 0
 
 

@@ -138,6 +138,11 @@ def test_wrong_input_is_one_line(call: Any, made: Path, mine: Path, tiny: Path, 
     assert "something is there" in refused(call("export", "--model", tiny, "--base-only", "--out", made))
     assert "no adapter that serves" in refused(call("deploy"))
     assert "neither a manifest.json nor" in refused(call("deploy", tiny))
+    assert "there is no such folder" in refused(call("export", "--model", tiny, "--adapter", "a=nowhere", "--out", "b"))
+    assert "there is no adapter_config.json" in refused(call("export", "--adapter", f"a={tiny}", "--model", tiny))
+    assert "open the bundle nowhere: there is no such folder" in refused(
+        call("chat", "--bundle", "nowhere", "--prompt", "Hi")
+    )
     assert "no bundle is active" in refused(call("deploy", mine))
     assert "no bundle is active" in refused(call("rollback", "--bundle"))
     assert "the shelf is empty" in refused(call("bundles", "--activate", "0001-00000000"))
@@ -157,7 +162,7 @@ def test_an_adapter_that_must_not_serve_changes_nothing(
     stranger = adapter(tiny_model(Path("stranger"), seed=4), Path("theirs"))
     assert "it was trained on the model" in refused(call("deploy", stranger, "--model", tiny))
     (stranger / CARD).unlink()
-    assert "say that you trust it" in refused(call("deploy", stranger, "--model", tiny))
+    assert "pass --trust" in refused(call("deploy", stranger, "--model", tiny))
     broken = copytree(made, Path("broken"))
     data = bytearray((broken / "model.onnx").read_bytes())
     data[len(data) // 2] ^= 1

@@ -24,6 +24,7 @@ from edge_sdss.bundles import adapters, checks, probe, recipes
 from edge_sdss.bundling import make, probing
 from edge_sdss.bundling.agreement import Stages, texts
 from edge_sdss.errors import BackendUnavailable, ExportError, InputError, ParityError
+from edge_sdss.exporting.ways import GraphModel
 from edge_sdss.lm import CARD, LanguageModel
 from edge_sdss.runtime import Engine
 from edge_sdss.types import Turn
@@ -110,6 +111,25 @@ def test_the_fast_route_answers_as_torch_and_peft(made: Path, model: Path, mine:
     assert {"onnxruntime", "torch", "edge_sdss"} <= manifest.made_with.keys()
     assert not [path for path in made.parent.iterdir() if path != made]
     answers_as_torch(made, model, mine)
+
+
+@pytest.mark.parametrize("name", [None, "mine"])
+def test_onnxruntime_genai_opens_the_bundle_and_its_adapter(name: str | None, made: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    engine, opened = Engine.open(made, threads=1), genai.Model(str(made))
+    prompt = engine.chat.prompt_ids(TALK, 64)
+    settings = genai.GeneratorParams(opened)
+    settings.set_search_options(max_length=len(prompt) + 12, min_length=len(prompt) + 12)
+    generator = genai.Generator(opened, settings)
+    if name is not None:
+        adapters_ = genai.Adapters(opened)
+        adapters_.load(str(made / f"adapters/{name}.onnx_adapter"), name)
+        generator.set_active_adapter(adapters_, name)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    answer = generator.get_sequence(0).tolist()[len(prompt) :]
+    assert answer == [id_ for id_, _ in zip(engine.follow(prompt, name), range(12), strict=False)]
 
 
 def test_the_portable_route_answers_as_torch_and_peft(model: Path, mine: Path, tmp_path: Path) -> None:
@@ -370,18 +390,49 @@ def test_a_probe_is_bound_to_its_adapter_and_base(model: Path, tmp_path: Path) -
     assert not bundling.probed(mine, lm.fingerprint)
 
 
-def test_what_a_recipe_promises_and_the_graph_breaks_is_noted(model: Path) -> None:
+def test_what_a_recipe_promises_and_the_graph_breaks_is_refused_or_noted(model: Path) -> None:
     stages = Stages(texts(make._chat(model)), lambda *a: None)
     rng = np.random.default_rng(0)
     rows = {ids.tobytes(): rng.standard_normal((len(ids), 400)).astype(np.float32) for ids in stages.texts}
     stages.known["float32 graph"] = lambda ids: rows[ids.tobytes()]
     limits = make.parity.Limits()
     stages.compare("int4 graph", "float32 graph", lambda ids: rows[ids.tobytes()] * np.float32(3), limits)
-    stages.judge(CPU, 200_000_000)
+    with pytest.raises(
+        ParityError, match=r"mean KL .* allows 0\.1; .*NLL change .* 200\.0 MB.* 105 MB; .*--beyond-limits"
+    ):
+        stages.judge(CPU, 200_000_000, False)
+    assert stages.notes == []
+    stages.judge(CPU, 200_000_000, True)
     assert [note.split(":")[1].split()[0] for note in stages.notes[:2]] == ["mean", "NLL"]
     assert "200.0 MB, recipe onnxruntime-cpu allows 105 MB" in stages.notes[2]
     assert "the graph has float32" in _departures("jetson-orin-jp6", made_graph())
     assert "not written yet" in _departures("qnn-htp", made_graph())
+
+
+def test_a_bundle_beyond_its_recipes_limits_is_not_there(model: Path, tmp_path: Path) -> None:
+    strict = recipe(precision="int8", limits=recipes.Limits(kl_nats=1e-9))
+    with pytest.raises(ParityError, match="mean KL"):
+        bundling.bundle(config.Model(name=str(model)), strict, tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+    made = bundling.bundle(config.Model(name=str(model)), strict, tmp_path / "b", beyond_limits=True)
+    assert any("allows 1e-09" in note for note in made.notes)
+
+
+def test_a_gpus_bundle_is_in_float16_and_its_adapter_does_what_pefts_does(
+    model: Path, mine: Path, tmp_path: Path
+) -> None:
+    """On the CPU, which has these operators in float16 too."""
+    jetson = recipes.load("jetson-orin-jp6").model_copy(update={"precision": "int8"})
+    made = bundling.bundle(config.Model(name=str(model)), jetson, tmp_path / "b", adapters={"mine": mine})
+    assert (made.graph.kv_dtype, made.graph.lora_dtype) == ("float16", "float16")
+    assert not any("asks for" in note for note in made.notes)
+    assert [check for check in made.checks if check.stage.startswith("adapter")]
+    engine, graph = Engine.open(tmp_path / "b", threads=1), GraphModel(tmp_path / "b", made.graph)
+    prompt = engine.chat.prompt_ids(TALK, 64)
+    for name in (None, "mine"):
+        tensors = None if name is None else engine.adapters[name].tensors
+        answer = [id_ for id_, _ in zip(engine.follow(prompt, name), range(12), strict=False)]
+        assert answer == graph.greedy(np.array(prompt), 12, tensors)
 
 
 def made_graph() -> bundles.Graph:

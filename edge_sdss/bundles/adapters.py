@@ -78,6 +78,9 @@ def check_name(name: str) -> None:
 def check_base(folder: Path, fingerprint: str, trust: bool = False) -> None:
     """Raises InputError unless the card in a PEFT folder names this base; `trust` takes a folder without a card."""
     asked = f"take adapter {folder}"
+    if not (folder / peft.CONFIG).is_file():
+        found = f"there is no {peft.CONFIG} in it" if folder.is_dir() else "there is no such folder"
+        raise InputError(message(asked, found, "give a PEFT folder"))
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         base = card.get("base_fingerprint") if isinstance(card, dict) else None
@@ -87,7 +90,7 @@ def check_base(folder: Path, fingerprint: str, trust: bool = False) -> None:
         raise InputError(message(asked, f"{CARD} cannot be read, {error}", "train it anew")) from error
     if base is None and not trust:
         found = f"no {CARD} in it says on which model it was trained"
-        raise InputError(message(asked, found, "say that you trust it to be of this base, or train it here"))
+        raise InputError(message(asked, found, "pass --trust if it is of this base, or train it here"))
     if base not in (None, fingerprint):
         found = f"it was trained on the model {str(base)[:12]}, this bundle has {fingerprint[:12]}"
         raise InputError(message(asked, found, "export the model it was trained on"))

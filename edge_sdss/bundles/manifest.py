@@ -157,6 +157,9 @@ def load(folder: Path) -> Manifest:
 
     Raises InputError where there is none, or one that is wrong or of another version.
     """
+    if not (folder / MANIFEST).is_file():
+        found = f"there is no {MANIFEST} in it" if folder.is_dir() else "there is no such folder"
+        raise InputError(message(f"open the bundle {folder}", found, "give a folder that `edge-sdss export` wrote"))
     return read_record(folder / MANIFEST, Manifest, "a bundle's manifest.json")
 
 

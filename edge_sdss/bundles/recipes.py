@@ -106,6 +106,8 @@ class Recipe(_Record):
             raise ValueError(f"{self.precision} {'needs a' if blocks else 'has no'} block_size")
         if (self.route == "fast") != (self.kv_cache == "shared"):
             raise ValueError(f"the route {self.route} makes no graph with a {self.kv_cache} KV cache")
+        if self.route == "fast" and self.kv_dtype != self.lora_dtype:
+            raise ValueError("the fast graph has one float type for its KV cache and its adapters")
         if (self.route == "merged") != (self.shapes.rank is None):
             raise ValueError("shapes.rank is for adapters as inputs, which the merged route alone does not have")
         names = [provider.name for provider in self.providers]

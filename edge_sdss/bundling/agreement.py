@@ -14,6 +14,7 @@ import numpy as np
 from edge_sdss import config, general
 from edge_sdss.bundles import Check, Graph
 from edge_sdss.bundling import probing
+from edge_sdss.errors import ParityError, message
 from edge_sdss.exporting import parity
 from edge_sdss.exporting.parity import Ids, Logits, Rows
 from edge_sdss.exporting.ways import GraphModel, of_torch
@@ -80,20 +81,27 @@ class Stages:
         counted = self._counted(f"comparing {stage} with {against}", way)
         self.checks += parity.compare(stage, against, self.known[against], counted, self.texts, limits)
 
-    def judge(self, recipe: Recipe, size_bytes: int | None) -> None:
-        """Notes which of the recipe's own limits are not kept; the hard ones were those of the precision."""
-        limits = recipe.limits
+    def judge(self, recipe: Recipe, size_bytes: int | None, beyond_limits: bool) -> None:
+        """Holds what was measured against the recipe's own limits, which are closer than those of a precision.
+
+        Raises ParityError with the figures that are beyond; with `beyond_limits` they are noted instead.
+        """
+        limits, beyond = recipe.limits, []
         stated = {"max |Δlogit|": limits.logit_difference, "NLL change": limits.nll_increase, "mean KL": limits.kl_nats}
         for check in self.checks:
             limit = stated.get(check.metric)
             if limit is not None and check.value > limit and "engine" not in check.stage:
-                self.notes.append(
+                beyond.append(
                     f"{check.stage} against {check.against}: {check.metric} {check.value:.3g} on {check.n} tokens, "
                     f"recipe {recipe.name} allows {limit:g}"
                 )
         if size_bytes is not None and limits.bundle_bytes is not None and size_bytes > limits.bundle_bytes:
             allowed = f"recipe {recipe.name} allows {limits.bundle_bytes / 1e6:.0f} MB"
-            self.notes.append(f"the bundle has {size_bytes / 1e6:.1f} MB, {allowed}")
+            beyond.append(f"the bundle has {size_bytes / 1e6:.1f} MB, {allowed}")
+        if beyond and not beyond_limits:
+            do = "choose a recipe of higher precision, or pass --beyond-limits to have it all the same"
+            raise ParityError(message(f"export for {recipe.name}", "; ".join(beyond), do))
+        self.notes += beyond
 
     def _keep(self, stage: str, way: Logits) -> None:
         counted = self._counted(f"computing with {stage}", way)

@@ -45,6 +45,7 @@ def bundle(
     merged: bool = False,
     overwrite: bool = False,
     trust: bool = False,
+    beyond_limits: bool = False,
     board: Board | None = None,
     progress: Progress = no_progress,
 ) -> Manifest:
@@ -54,8 +55,9 @@ def bundle(
     that serves, by default the only one. With `merged`, and by a recipe of that route, the single adapter goes into
     the weights. Parity is taken at each stage: torch, float32 graph, graph, engine; what could not be compared is in
     the manifest's notes. A PEFT folder without a probe gets one. `trust` takes adapters that do not say of which base
-    they are; `board` is asked whether it can build a TensorRT engine. `out` is there once all of it is done;
-    something is there only with `overwrite`, and if it is a bundle.
+    they are, and `beyond_limits` notes where the recipe's own limits are not kept; `board` is asked whether it can
+    build a TensorRT engine. `out` is there once all of it is done; something is there only with `overwrite`, and if
+    it is a bundle.
 
     Raises BackendUnavailable for a library that lacks; ExportError and ParityError for what cannot be exported or
     does not answer as it should; InputError for a model, an adapter or an `out` that cannot be used.
@@ -65,7 +67,7 @@ def bundle(
     check_installed(recipe)
     folder = loading.find(settings.name, progress)
     with _staged(out, overwrite) as staged:
-        job = _Job(folder, recipe, staged, merge, given, trust, progress)
+        job = _Job(folder, recipe, staged, merge, given, trust, beyond_limits, progress)
         manifest = job.run(_name(settings), active or (next(iter(given)) if len(given) == 1 else None))
         if recipe.providers[0].name == "tensorrt":
             tensorrt.write(staged, staged / ENGINE, recipe.shapes, board=board)
@@ -93,6 +95,7 @@ class _Job:
     merge: bool
     adapters: Mapping[str, Path]
     trust: bool
+    beyond_limits: bool
     progress: Progress
 
     def run(self, base: str, active: str | None) -> Manifest:
@@ -123,7 +126,7 @@ class _Job:
         bundles.write(self.staged, manifest)
         checks = self._served()
         size = sum(one.size_bytes for one in manifest.files)
-        self.stages.judge(self.recipe, size if base == default_model.NAME else None)
+        self.stages.judge(self.recipe, size if base == default_model.NAME else None, self.beyond_limits)
         notes = tuple(self.stages.notes)
         manifest = manifest.model_copy(update={"checks": (*self.stages.checks, *checks), "notes": notes})
         bundles.write(self.staged, manifest)
@@ -156,6 +159,7 @@ class _Job:
             adapters=lora,
             hidden_states=lora,  # E(T) is the base model's
             block_size=self.recipe.block_size or 32,
+            half=self.recipe.kv_dtype == "float16",
             progress=self.progress,
         )
         genai_config.write(source, self.staged, graph)

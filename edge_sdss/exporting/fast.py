@@ -30,15 +30,16 @@ def build(
     hidden_states: bool = False,
     last_logits_only: bool = True,
     block_size: int = 32,
+    half: bool = False,
     progress: Progress = no_progress,
 ) -> Graph:
     """Writes out/model.onnx and out/model.onnx.data from the Hugging Face model in `folder`.
 
-    int4 and int8 keep activations in float32, the head in 8 bits, and take over without loss what a 4-bit (8-bit)
-    file held; float16 is for GPUs. Prompts of a batch are padded on the right. Raises ExportError for a family or
-    file that is not supported.
+    int4 and int8 have the head in 8 bits and take over without loss what a 4-bit (8-bit) file held. Activations, KV
+    cache and adapters are float32, or with `half`, and in precision float16, float16, which GPUs want. Prompts of a
+    batch are padded on the right. Raises ExportError for a family or file that is not supported.
     """
-    options = Options(precision, block_size, adapters, hidden_states, last_logits_only)
+    options = Options(precision, block_size, adapters, hidden_states, last_logits_only, half=half)
     return build_with(options, folder, out, progress)
 
 
@@ -47,7 +48,7 @@ def build_with(options: Options, folder: Path, out: Path, progress: Progress = n
     import onnx_ir as ir
 
     spec = fast_config.read(folder)
-    net = Net(np.float16 if options.precision == "float16" else np.float32)
+    net = Net(np.float16 if options.half or options.precision == "float16" else np.float32)
     decoder = Decoder(spec, Weights(folder), options, net, progress)
     outputs = decoder.write()
     graph = ir.Graph(

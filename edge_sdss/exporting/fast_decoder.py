@@ -11,9 +11,10 @@ import numpy as np
 from edge_sdss.bundles.manifest import Precision
 from edge_sdss.errors import ExportError, message
 from edge_sdss.exporting import fast_weights
+from edge_sdss.exporting.blocks import Floats
 from edge_sdss.exporting.fast_config import Spec
 from edge_sdss.exporting.fast_nodes import MICROSOFT, Net
-from edge_sdss.exporting.fast_weights import Floats, Weights
+from edge_sdss.exporting.fast_weights import Weights
 from edge_sdss.types import Progress
 
 if TYPE_CHECKING:
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What was asked for; `block_means` is explained at `fast_weights.pack_four`."""
+    """What was asked for; `block_means` is explained at `fast_weights.pack_four`.
+
+    `half`: activations, KV cache and adapters in float16, as a GPU wants them, also of weights in 4 or 8 bits.
+    """
 
     precision: Precision
     block_size: int = 32
@@ -30,6 +34,7 @@ class Options:
     hidden_states: bool = False
     last_logits_only: bool = True
     block_means: bool = True
+    half: bool = False
 
 
 class Decoder:
@@ -44,6 +49,8 @@ class Decoder:
         ids = net.input("input_ids", np.int64, ("batch", "n"))
         mask = net.input("attention_mask", np.int64, ("batch", "total"))
         self.lengths, self.total = self._lengths(mask)
+        rest = net.constant("rest", np.array([-1], np.int64))
+        self.apart = net.op("Concat", net.op("Shape", ids, name="batch_n"), rest, name="batch_n_size", axis=0)
         embedded, head = self._embedding(ids)
         skip, x, presents = embedded, self._norm(embedded, "model.layers.0.input_layernorm"), []
         for index in range(spec.layers):
@@ -64,7 +71,7 @@ class Decoder:
         self.progress("writing the graph", spec.layers, spec.layers)
         outputs = [head(x), *presents]
         if self.options.hidden_states:
-            outputs.append(self._output(x, "hidden_states", ("batch", "n", spec.width)))
+            outputs.append(self._output(self._apart(x, "hidden_rows"), "hidden_states", ("batch", "n", spec.width)))
         return outputs
 
     def _lengths(self, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -84,8 +91,10 @@ class Decoder:
         quantised = self.options.precision in ("int4", "int8") and spec.width % self.options.block_size == 0
         head_table = table if spec.tied else self.weights["lm_head.weight"]
         if not quantised:
-            embedded = net.op("Gather", net.floats(f"{name}.weight", table), ids, name=name)
-            return self._scaled(embedded), lambda x: self._head(x, lambda y: self._float_head(y, head_table))
+            found = net.op("Gather", net.floats(f"{name}.weight", table), ids, name=f"{name}.rows")
+            return self._scaled(self._flat(found, name, spec.width)), lambda x: self._head(
+                x, lambda y: self._float_head(y, head_table)
+            )
         packed = self._pack(table, "head")
         codes = net.constant(f"{name}.codes", packed.codes)
         scales = net.op(
@@ -96,8 +105,7 @@ class Decoder:
             "GatherBlockQuantized", codes, ids, scales, name=f"{name}.blocks", domain=MICROSOFT, bits=packed.bits,
             block_size=packed.block_size, gather_axis=0, quantize_axis=2,
         )  # fmt: skip
-        shape = net.constant("flat", np.array([0, 0, spec.width], np.int64))
-        embedded = self._scaled(net.op("Reshape", blocked, shape, name=name))
+        embedded = self._scaled(self._flat(blocked, name, spec.width))
         if not spec.tied:
             packed, name = self._pack(head_table, "head"), "lm_head"
         return embedded, lambda x: self._head(x, lambda y: net.packed_product(y, packed, name, None))
@@ -113,33 +121,43 @@ class Decoder:
         net, spec = self.net, self.spec
         if not spec.tied:
             return net.product(x, table, "lm_head", None)
-        stored = net.constants["model.embed_tokens.weight"]
-        flat = net.op("Reshape", x, net.constant("rows", np.array([-1, spec.width], np.int64)), name="lm_head.rows")
-        scores = net.op("Gemm", flat, stored, name="lm_head.product", transB=1)
-        batch = net.op("Shape", x, name="lm_head.batch", start=0, end=2)
-        size = net.constant("vocabulary", np.array([spec.vocabulary], np.int64))
-        return net.op("Reshape", scores, net.op("Concat", batch, size, name="lm_head.shape", axis=0), name="lm_head")
+        return net.op("Gemm", x, net.constants["model.embed_tokens.weight"], name="lm_head.product", transB=1)
 
     def _head(self, x: ir.Value, product: Callable[[ir.Value], ir.Value]) -> ir.Value:
-        net, cap = self.net, self.spec.final_softcap
-        scores = product(self._last(x) if self.options.last_logits_only else x)
+        net, cap, only_last = self.net, self.spec.final_softcap, self.options.last_logits_only
+        scores = product(self._last(x) if only_last else x)
         if cap:
             limit = net.floats("final_softcap", np.array(cap))
             bounded = net.op("Tanh", net.op("Div", scores, limit, name="capped.in"), name="capped.tanh")
             scores = net.op("Mul", bounded, limit, name="capped")
-        n = 1 if self.options.last_logits_only else "n"
-        return self._output(scores, "logits", ("batch", n, self.spec.vocabulary))
+        if only_last:
+            middle = net.constant("middle_axis", np.array([1], np.int64))
+            scores = net.op("Unsqueeze", scores, middle, name="last.scores")
+        else:
+            scores = self._apart(scores, "scores")
+        return self._output(scores, "logits", ("batch", 1 if only_last else "n", self.spec.vocabulary))
 
     def _last(self, x: ir.Value) -> ir.Value:
-        """Each row's last token that the mask counts, [batch, 1, width]: rows are padded on the right."""
+        """Each sequence's last token that the mask counts, [batch, width]: they are padded on the right."""
         net = self.net
+        x = self._apart(x, "last.rows")
         n = net.op("Cast", net.op("Shape", x, name="last.n", start=1, end=2), name="last.n32", to=6)
         behind = net.op("Sub", self.total, self.lengths, name="last.behind")
         index = net.op("Sub", n, behind, name="last.index")
         index = net.op("Max", index, net.constant("zero", np.array([0], np.int32)), name="last.inside")
         index = net.op("Cast", index, name="last.inside64", to=7)
-        index = net.op("Unsqueeze", index, net.constant("tail", np.array([1, 2], np.int64)), name="last.indices")
+        index = net.op("Unsqueeze", index, net.constant("last_axis", np.array([-1], np.int64)), name="last.indices")
         return net.op("GatherND", x, index, name="last", batch_dims=1)
+
+    def _flat(self, x: ir.Value, name: str, size: int) -> ir.Value:
+        """[batch, n, ..] as [batch · n, size]: in two axes a product and what is added to it are one node, Gemm."""
+        return self.net.op(
+            "Reshape", x, self.net.constant(f"rows_of_{size}", np.array([-1, size], np.int64)), name=name
+        )
+
+    def _apart(self, x: ir.Value, name: str) -> ir.Value:
+        """[batch · n, size] as [batch, n, size]."""
+        return self.net.op("Reshape", x, self.apart, name=name)
 
     def _output(self, value: ir.Value, name: str, shape: Sequence[int | str]) -> ir.Value:
         import onnx_ir as ir
@@ -175,15 +193,18 @@ class Decoder:
             [("qkv_proj", sum(sizes))] if spec.packed else list(zip(("q_proj", "k_proj", "v_proj"), sizes, strict=True))
         )
         qkv = self._linear(x, path, "qkv_proj", modules)
-        query = self._normed_heads(qkv, path, sizes) if spec.qk_norm else [qkv, None, None]
+        heads = (
+            self._normed_heads(qkv, path, sizes) if spec.qk_norm else [self._apart(qkv, f"{path}.qkv_rows"), None, None]
+        )
         window = spec.windows[index]
         names = (f"{path}.attended", f"present.{index}.key", f"present.{index}.value")
         attended, *present = net.ops(
-            "GroupQueryAttention", *query, *past, self.lengths, self.total, *self._rotary(index), names=names,
+            "GroupQueryAttention", *heads, *past, self.lengths, self.total, *self._rotary(index), names=names,
             domain=MICROSOFT, num_heads=spec.heads, kv_num_heads=spec.kv_heads, do_rotary=1,
             scale=spec.attention_scale, softcap=spec.attention_softcap, local_window_size=window or -1,
         )  # fmt: skip
         self._declare(present)
+        attended = self._flat(attended, f"{path}.attended_rows", sizes[0])
         return self._linear(attended, path, "o_proj", [("o_proj", spec.width)]), present
 
     def _normed_heads(self, qkv: ir.Value, path: str, sizes: Sequence[int]) -> list[ir.Value]:
@@ -193,11 +214,10 @@ class Decoder:
         split = net.constant("qkv_sizes", np.array(sizes, np.int64))
         parts = net.ops("Split", qkv, split, names=names, axis=-1)
         for place, which in enumerate("qk"):
-            name, size = names[place], sizes[place]
-            shape = net.constant(f"heads_of_{which}", np.array([0, 0, size // dim, dim], np.int64))
-            heads = self._norm(net.op("Reshape", parts[place], shape, name=f"{name}.heads"), f"{path}.{which}_norm")
-            flat = net.constant(f"flat_{which}", np.array([0, 0, size], np.int64))
-            parts[place] = net.op("Reshape", heads, flat, name=f"{name}.normed")
+            shape = net.constant("heads", np.array([-1, dim], np.int64))
+            heads = net.op("Reshape", parts[place], shape, name=f"{names[place]}.heads")
+            parts[place] = self._norm(heads, f"{path}.{which}_norm")
+        parts = [self._apart(part, f"{name}.rows") for part, name in zip(parts, names, strict=True)]
         return parts
 
     def _declare(self, present: Sequence[ir.Value]) -> None:

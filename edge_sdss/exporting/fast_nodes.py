@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from edge_sdss.bundles.manifest import Site
 from edge_sdss.exporting import fast_weights as weights
+from edge_sdss.exporting.blocks import Floats
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -65,7 +66,7 @@ class Net:
         self.inputs.append(value)
         return value
 
-    def narrow(self, name: str, array: weights.Floats) -> ir.Value:
+    def narrow(self, name: str, array: Floats) -> ir.Value:
         """Returns a constant stored in float16 where that is exact; ONNX Runtime widens it once, when it loads."""
         half = array.astype(np.float16)
         if self.dtype is np.float16 or not np.array_equal(half.astype(np.float32), array):
@@ -74,15 +75,16 @@ class Net:
             self._values[name] = self.op("Cast", self.constant(name, half), name=f"{name}.wide", to=1)
         return self._values[name]
 
-    def product(self, x: ir.Value, weight: weights.Floats, name: str, bias: weights.Floats | None) -> ir.Value:
+    def product(self, x: ir.Value, weight: Floats, name: str, bias: Floats | None) -> ir.Value:
         """x [.., columns] times weight [rows, columns] in floats."""
         y = self.op("MatMul", x, self.floats(f"{name}.weight", weight.T), name=f"{name}.product")
         return y if bias is None else self.op("Add", y, self.floats(f"{name}.bias", bias), name=f"{name}.biased")
 
-    def packed_product(self, x: ir.Value, packed: weights.Packed, name: str, bias: weights.Floats | None) -> ir.Value:
+    def packed_product(self, x: ir.Value, packed: weights.Packed, name: str, bias: Floats | None) -> ir.Value:
         """x [.., columns] times a weight of 4 or 8 bits."""
+        columns = packed.columns
         if packed.block_means:
-            x = self._with_block_means(x, packed.block_size)
+            x, columns = self._with_block_means(x, packed)
         points = packed.zero_points
         inputs: list[ir.Value | None] = [
             x,
@@ -93,20 +95,33 @@ class Net:
         if bias is not None:
             inputs += [None, self.floats(f"{name}.bias", bias)]
         return self.op(
-            "MatMulNBits", *inputs, name=f"{name}.product", domain=MICROSOFT, K=packed.columns,
+            "MatMulNBits", *inputs, name=f"{name}.product", domain=MICROSOFT, K=columns,
             N=len(packed.codes), bits=packed.bits, block_size=packed.block_size, accuracy_level=_INT8_ACTIVATIONS,
         )  # fmt: skip
 
-    def _with_block_means(self, x: ir.Value, size: int) -> ir.Value:
-        """x [batch, n, columns] and behind it the mean of each block of columns."""
-        name = f"{x.name}.extended"
+    def _with_block_means(self, x: ir.Value, packed: weights.Packed) -> tuple[ir.Value, int]:
+        """x [rows, columns], behind it the mean of each block of columns, and how many columns that makes.
+
+        In float16, which is for GPUs, zeros fill the last block: CUDA's kernel for single tokens wants columns by
+        eights.
+        """
+        size, name, columns = packed.block_size, f"{x.name}.extended", packed.columns
+        inputs = columns * size // (size + 1)
+        if self.dtype is np.float16:
+            columns = packed.codes.shape[1] * size
         if name not in self._values:
-            means = self.op("AveragePool", x, name=f"{x.name}.means", kernel_shape=[size], strides=[size])
+            pool = np.zeros((inputs, columns - inputs))
+            pool[np.arange(inputs), np.arange(inputs) // size] = 1 / size
+            means = self.op("MatMul", x, self.floats(f"pool_{inputs}", pool), name=f"{x.name}.means")
             self._values[name] = self.op("Concat", x, means, name=name, axis=-1)
-        return self._values[name]
+        return self._values[name], columns
 
     def adapter(self, x: ir.Value, y: ir.Value, name: str, inputs: int, modules: Sequence[tuple[str, int]]) -> ir.Value:
-        """Returns y + (x A) B. A and B are inputs whose defaults have rank 0; `modules` share them, side by side."""
+        """Returns y + (x A) B. A and B are inputs whose defaults have rank 0; `modules` share them, side by side.
+
+        A node of decoding costs microseconds whatever it computes, so product and sum are one, except in float16: of
+        a rank of 0, CUDA's Gemm makes a product whose leading dimension cuBLAS refuses.
+        """
         outputs = sum(size for _, size in modules)
         a, b = (
             self._optional(f"{name}.lora_{which}", shape, rank_axis)
@@ -120,7 +135,9 @@ class Net:
             self.sites.append(site)
             start += size
         inner = self.op("MatMul", x, a, name=f"{name}.lora_inner")
-        return self.op("Add", y, self.op("MatMul", inner, b, name=f"{name}.lora_outer"), name=f"{name}.adapted")
+        if self.dtype is np.float16:
+            return self.op("Add", y, self.op("MatMul", inner, b, name=f"{name}.lora_outer"), name=f"{name}.adapted")
+        return self.op("Gemm", inner, b, y, name=f"{name}.adapted")
 
     def _optional(self, name: str, shape: tuple[int, int], rank_axis: int) -> ir.Value:
         dims: list[int | str] = list(shape)

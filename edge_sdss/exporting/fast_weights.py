@@ -17,9 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdss.errors import ExportError, message
-
-Floats = npt.NDArray[np.float32]
-Codes = npt.NDArray[np.uint8]
+from edge_sdss.exporting.blocks import Codes, Floats, cut, nonzero, packed
 
 _DTYPES: dict[str, str] = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _ON_GRID = 2e-3  # of a step: float32 rounding of scale * code + minimum stays below it, chance does not
@@ -80,24 +78,18 @@ class Blocks:
 
 def four_bits(weight: Floats, block_size: int) -> Blocks:
     """Returns the weight [rows, columns] with 16 levels a block: as it was made, or fitted."""
-    blocks = _blocks(weight, block_size)
+    blocks = cut(weight, block_size)
     return _recover(blocks) or _fit(blocks)
 
 
 def eight_bits(weight: Floats, block_size: int) -> Blocks:
     """Returns the weight [rows, columns] with 255 levels a block, symmetric: minimum = -128 * scale."""
-    blocks = _blocks(weight, block_size)
+    blocks = cut(weight, block_size)
     scales = _half(np.abs(blocks).max(-1) / 127)
-    codes = np.rint(blocks / _nonzero(scales)[..., None])
+    codes = np.rint(blocks / nonzero(scales)[..., None])
     codes = np.clip(codes, -127, 127)
     exact = bool((codes.astype(np.float32) * scales[..., None] == blocks).all())
     return Blocks((codes + 128).astype(np.uint8), scales, -128 * scales, exact)
-
-
-def _blocks(weight: Floats, block_size: int) -> Floats:
-    rows, columns = weight.shape
-    padded = np.pad(weight, ((0, 0), (0, -columns % block_size)))
-    return padded.reshape(rows, -1, block_size)
 
 
 def _recover(blocks: Floats) -> Blocks | None:
@@ -130,12 +122,12 @@ def _fit(blocks: Floats) -> Blocks:
     low, high = blocks.min(-1), blocks.max(-1)
     scales, minima = _half((high - low) / 15), _half(low)
     for _ in range(3):
-        codes = np.clip(np.rint((blocks - minima[..., None]) / _nonzero(scales)[..., None]), 0, 15)
+        codes = np.clip(np.rint((blocks - minima[..., None]) / nonzero(scales)[..., None]), 0, 15)
         centred = codes - codes.mean(-1, keepdims=True)
         slope = (centred * blocks).sum(-1) / np.maximum((centred * centred).sum(-1), 1e-12)
         scales = _half(np.where(slope > 0, slope, scales))
         minima = _half(blocks.mean(-1) - scales * codes.mean(-1))
-    codes = np.clip(np.rint((blocks - minima[..., None]) / _nonzero(scales)[..., None]), 0, 15)
+    codes = np.clip(np.rint((blocks - minima[..., None]) / nonzero(scales)[..., None]), 0, 15)
     return Blocks(codes.astype(np.uint8), scales, minima, False)
 
 
@@ -147,10 +139,6 @@ def _exact_half(values: Floats) -> Floats:
     """float16 where the value lies within float32 rounding of one (a GGUF's scale does), itself elsewhere."""
     half = _half(values)
     return np.where(np.abs(half - values) <= 1e-5 * values, half, values)
-
-
-def _nonzero(scales: Floats) -> Floats:
-    return np.where(scales == 0, np.float32(1), scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,26 +174,21 @@ def pack_four(blocks: Blocks, columns: int, *, block_means: bool) -> Packed:
     codes, scales, minima = blocks.codes, blocks.scales, blocks.minima
     flat = (scales == 0) & (minima != 0)
     scales = np.where(flat, np.abs(minima), scales)
-    zeros = np.clip(np.rint(-minima / _nonzero(scales)), 0, 15)
+    zeros = np.clip(np.rint(-minima / nonzero(scales)), 0, 15)
     zeros = np.where(flat, 8, zeros)
     codes = np.where(flat[..., None], (8 + np.sign(minima)[..., None]).astype(np.uint8), codes)
     shift = np.where(flat, 0, minima + scales * zeros).astype(np.float32)
     block_size = codes.shape[2]
     if block_means := block_means and columns % block_size == 0 and bool(np.abs(shift).max() > 0):
-        more = _blocks(shift * block_size, block_size)
+        more = cut(shift * block_size, block_size)
         step = _half(np.abs(more).max(-1) / 7)
-        more_codes = np.clip(np.rint(more / _nonzero(step)[..., None]) + 8, 0, 15)
+        more_codes = np.clip(np.rint(more / nonzero(step)[..., None]) + 8, 0, 15)
         codes = np.concatenate([codes, more_codes.astype(np.uint8)], 1)
         scales = np.concatenate([scales, step], 1)
         zeros = np.concatenate([zeros, np.full(step.shape, 8)], 1)
         columns += shift.shape[1]
-    points = _nibbles(np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)), constant_values=8).astype(np.uint8))
+    points = packed(zeros, 4)
     return Packed(
-        _nibbles(codes), scales.astype(np.float32), None if (zeros == 8).all() else points, 4, block_size, columns,
+        packed(codes, 4), scales.astype(np.float32), None if (zeros == 8).all() else points, 4, block_size, columns,
         block_means,
     )  # fmt: skip
-
-
-def _nibbles(codes: Codes) -> Codes:
-    packed: Codes = np.bitwise_or(codes[..., 0::2], codes[..., 1::2] << 4)
-    return packed

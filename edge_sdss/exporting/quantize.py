@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdss.errors import ExportError, message
+from edge_sdss.exporting import blocks as layout
 from edge_sdss.exporting.graphs import HEAD, Linear, linears
 from edge_sdss.types import Progress, no_progress
 
@@ -69,11 +70,11 @@ def to_blocks(weight: FloatArray, scheme: Scheme) -> Blocks:
 def from_blocks(blocks: Blocks, scheme: Scheme, inputs: int) -> FloatArray:
     """Returns the matrix [outputs, inputs] float32 that a runtime computes with."""
     outputs, count, _ = blocks.data.shape
-    q = _unpacked(blocks.data, scheme.bits).astype(np.float32)
+    q = layout.unpacked(blocks.data, scheme.bits).astype(np.float32)
     zero: Any = float(1 << (scheme.bits - 1))
     if blocks.zero_points is not None:
         integer = scheme.zero_points == "integer"
-        zero = _unpacked(blocks.zero_points, scheme.bits)[:, :count] if integer else blocks.zero_points
+        zero = layout.unpacked(blocks.zero_points, scheme.bits)[:, :count] if integer else blocks.zero_points
         zero = zero.astype(np.float32)[..., None]
     weight: FloatArray = ((q - zero) * blocks.scales[..., None]).reshape(outputs, -1)[:, :inputs]
     return weight
@@ -119,12 +120,7 @@ def quantize(
 
 
 def _to_blocks(weight: FloatArray, scheme: Scheme) -> Blocks:
-    outputs, inputs = weight.shape
-    size, top = scheme.block_size, (1 << scheme.bits) - 1
-    count = -(-inputs // size)
-    x = np.zeros((outputs, count * size), np.float32)
-    x[:, :inputs] = weight
-    x = x.reshape(outputs, count, size)
+    x, top = layout.cut(weight, scheme.block_size), (1 << scheme.bits) - 1
     if scheme.zero_points == "none":
         scales, zeros = _symmetric(x, top)
     elif scheme.zero_points == "integer":
@@ -135,24 +131,22 @@ def _to_blocks(weight: FloatArray, scheme: Scheme) -> Blocks:
     q = np.clip(np.round(x / scales[..., None] + zeros[..., None]), 0, top)
     if scheme.zero_points != "float":
         scales = _refit(x, q - zeros[..., None], scales)
-    data = _packed(q.astype(np.uint8), scheme.bits)
+    data = layout.packed(q, scheme.bits)
     if scheme.zero_points == "none":
         return Blocks(data, scales, None)
-    return Blocks(
-        data, scales, zeros if scheme.zero_points == "float" else _packed(zeros.astype(np.uint8), scheme.bits)
-    )
+    return Blocks(data, scales, zeros if scheme.zero_points == "float" else layout.packed(zeros, scheme.bits))
 
 
 def _symmetric(x: FloatArray, top: int) -> tuple[FloatArray, FloatArray]:
     """The weight largest in size takes the code 0, which reaches one step further than the highest code."""
     middle = (top + 1) / 2
     largest = np.take_along_axis(x, np.abs(x).argmax(-1)[..., None], -1)[..., 0]
-    return _nonzero(-largest / middle), np.full(largest.shape, middle, np.float32)
+    return layout.nonzero(-largest / middle), np.full(largest.shape, middle, np.float32)
 
 
 def _skewed(low: FloatArray, high: FloatArray, top: int) -> tuple[FloatArray, FloatArray]:
     """The lowest weight takes the code 0 and the highest the top one."""
-    scales = _nonzero((high - low) / top)
+    scales = layout.nonzero((high - low) / top)
     return scales, (-low / scales).astype(np.float32)
 
 
@@ -160,24 +154,6 @@ def _refit(x: FloatArray, q: npt.NDArray[Any], scales: FloatArray) -> FloatArray
     """Returns the scales of least squared error for codes q: Σ qx / Σ q²."""
     squares = (q * q).sum(-1)
     return np.where(squares > 0, (q * x).sum(-1) / np.maximum(squares, 1), scales).astype(np.float32)
-
-
-def _nonzero(scales: npt.NDArray[Any]) -> FloatArray:
-    return np.where(scales == 0, 1, scales).astype(np.float32)
-
-
-def _packed(q: ByteArray, bits: int) -> ByteArray:
-    if bits == 8:
-        return q
-    if q.shape[-1] % 2:
-        q = np.concatenate([q, np.zeros((*q.shape[:-1], 1), np.uint8)], -1)
-    return (q[..., 0::2] | (q[..., 1::2] << 4)).astype(np.uint8)
-
-
-def _unpacked(packed: ByteArray, bits: int) -> ByteArray:
-    if bits == 8:
-        return packed
-    return np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)
 
 
 def _replace(graph: ir.Graph, linear: Linear, scheme: Scheme) -> list[ir.Value]:

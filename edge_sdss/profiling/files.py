@@ -50,7 +50,7 @@ def load(path: Path) -> Report:
     name = "a profile's report.json or its folder"
     report = read_record(file, Report, name)
     for problem in _contradictions(report):
-        raise InputError(message(f"read the report {file}", problem, f"give {name}, or write it anew"))
+        raise InputError(message(f"read {file}", problem, f"give {name}, or write it anew"))
     return report
 
 

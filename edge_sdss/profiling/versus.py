@@ -11,8 +11,9 @@ import math
 import random
 import statistics as exact
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -21,6 +22,7 @@ from edge_sdss.profiling import statistics
 from edge_sdss.profiling.schema import Summary
 
 Function = Callable[[], Any]
+Block = Callable[[], Sequence[float]]
 Clock = Callable[[], float]
 
 LEAST_BLOCKS = 7  # fewer pairs can never reach a verdict
@@ -89,9 +91,20 @@ def versus_many(
         do = f"give two functions or more, {LEAST_BLOCKS} blocks or more and a time above 0"
         raise InputError(message("time functions against each other", found, do))
     plans = _plans(functions, min_block_s, clock)
+    timed = {name: partial(_timed, functions[name], plans[name], clock) for name in functions}
+    for block in timed.values():
+        block()
+    taken = in_turn(timed, blocks=blocks, seed=seed)
+    ours, *peers = functions
+    return {name: outcome(taken[ours], taken[name]) for name in peers}
+
+
+def in_turn(functions: Mapping[str, Block], *, blocks: int, seed: int = 0) -> dict[str, list[list[float]]]:
+    """Calls functions that time themselves, each `blocks` times in the order of `versus_many`; returns their blocks.
+
+    For what runs in another process, which knows better than the caller how long it took.
+    """
     taken: dict[str, list[list[float]]] = {name: [] for name in functions}
-    for name in functions:
-        _timed(functions[name], plans[name], clock)
     draws, order = random.Random(seed), list(functions)
     for index in range(blocks):
         if index % 2:
@@ -99,9 +112,24 @@ def versus_many(
         else:
             draws.shuffle(order)
         for name in order:
-            taken[name].append(_timed(functions[name], plans[name], clock))
-    ours, *peers = functions
-    return {name: _outcome(taken[ours], taken[name]) for name in peers}
+            taken[name].append(list(functions[name]()))
+    return taken
+
+
+def outcome(ours: list[list[float]], peer: list[list[float]]) -> Versus:
+    """Returns ours against the peer, from at least seven blocks of each in seconds, taken next to each other."""
+    found = statistics.paired_ratio([exact.median(block) for block in peer], [exact.median(block) for block in ours])
+    assert found.lo is not None
+    assert found.hi is not None
+    return Versus(
+        ours=statistics.summary(ours, "s", "lower"),
+        peer=statistics.summary(peer, "s", "lower"),
+        ratio=found.ratio,
+        lo=found.lo,
+        hi=found.hi,
+        n=found.n_a,
+        verdict=statistics.verdict(found, "lower"),
+    )
 
 
 def _plans(functions: Mapping[str, Function], min_block_s: float, clock: Clock) -> dict[str, _Plan]:
@@ -141,18 +169,3 @@ def _timed(function: Function, plan: _Plan, clock: Clock) -> list[float]:
     finally:
         if collecting:
             gc.enable()
-
-
-def _outcome(ours: list[list[float]], peer: list[list[float]]) -> Versus:
-    found = statistics.paired_ratio([exact.median(block) for block in peer], [exact.median(block) for block in ours])
-    assert found.lo is not None
-    assert found.hi is not None
-    return Versus(
-        ours=statistics.summary(ours, "s", "lower"),
-        peer=statistics.summary(peer, "s", "lower"),
-        ratio=found.ratio,
-        lo=found.lo,
-        hi=found.hi,
-        n=found.n_a,
-        verdict=statistics.verdict(found, "lower"),
-    )

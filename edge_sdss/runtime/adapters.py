@@ -18,9 +18,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdss.bundles import Graph, Manifest, Site
+from edge_sdss.bundles import AdapterEntry, Graph, Manifest, Site
 from edge_sdss.bundles import adapters as files
 from edge_sdss.errors import InputError, message
+from edge_sdss.files import sha256
 from edge_sdss.runtime.providers import library
 
 Tensors = Mapping[str, npt.NDArray[Any]]
@@ -112,6 +113,18 @@ def read(name: str, file: Path, manifest: Manifest) -> Adapter:
         do = "convert the PEFT folder for this bundle"
         raise InputError(message(f"load adapter {file}", f"adapter inactive: {fault}", do))
     return Adapter(name, tensors, next(_serials))
+
+
+def read_entry(folder: Path, entry: AdapterEntry, manifest: Manifest) -> Adapter:
+    """Reads an adapter of a bundle's own; raises what `read` does, and InputError for another base or file."""
+    asked, file = f"load adapter {entry.name} of bundle {folder}", folder / entry.file.path
+    if entry.base_fingerprint != manifest.base_fingerprint:
+        of, here = entry.base_fingerprint[:12], manifest.base_fingerprint[:12]
+        found = f"it was trained on the model {of}, this one is {here}"
+        raise InputError(message(asked, found, "give one that was trained on this model"))
+    if file.is_file() and sha256(file) != entry.file.sha256:
+        raise InputError(message(asked, f"{entry.file.path} is not the file that was exported", "deploy it anew"))
+    return read(entry.name, file, manifest)
 
 
 def _fault(tensors: Tensors, graph: Graph) -> str | None:

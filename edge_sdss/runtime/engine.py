@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdss import bundles
-from edge_sdss.bundles import AdapterEntry, Manifest
+from edge_sdss.bundles import Manifest
 from edge_sdss.errors import ConfigError, InputError, message
-from edge_sdss.files import sha256
 from edge_sdss.lm.chat import Chat, Encoded
 from edge_sdss.lm.decoding import Generation
 from edge_sdss.runtime import adapters, batch, measures, providers
@@ -40,17 +39,17 @@ class Engine:
         self.folder, self.manifest = folder, manifest
         self.provider, self.provider_reason = opened.provider, opened.reason
         self.tokenizer = Tokenizer(folder)
-        self._defaults = read_json(folder / "generation_config.json")
-        stops = self._defaults.get("eos_token_id")
+        self._generation = read_json(folder / "generation_config.json")
+        stops = self._generation.get("eos_token_id")
         self.chat = Chat(self.tokenizer, manifest.stop_ids or (stops if isinstance(stops, list) else [stops]))
-        self.adapters: dict[str, Adapter] = {}
         self.active: str | Mapping[str, float] | None = manifest.active
         self._loaded = Loaded.of(opened.session, manifest, opened.device)
         self._mixes: dict[adapters.Key, Mix] = {}
         self._talk: Talk | None = None  # of the last stream, for the next turn of its chat
         self._read: Talk | None = None  # of the base model beside it, for `hidden_states`
-        for entry in manifest.adapters:
-            self._load_entry(entry)
+        self.adapters: dict[str, Adapter] = {
+            entry.name: adapters.read_entry(folder, entry, manifest) for entry in manifest.adapters
+        }
 
     @classmethod
     def open(cls, bundle: Path, *, provider: str = "auto", threads: int | None = None) -> Engine:
@@ -100,12 +99,7 @@ class Engine:
     @cached_property
     def defaults(self) -> Sampling:
         """How the model's makers sample, by generation_config.json; greedily where it does not say."""
-        if not self._defaults.get("do_sample", False):
-            return Sampling(repetition_penalty=self._defaults.get("repetition_penalty") or 1.0)
-        says = {key: value for key, value in self._defaults.items() if value is not None}
-        floats = (float(says.get(name, 1.0)) for name in ("temperature", "top_p", "repetition_penalty"))
-        temperature, top_p, penalty = floats
-        return Sampling(temperature, top_p, int(says.get("top_k", 0)), penalty)
+        return Sampling.of_makers(self._generation)
 
     # Adapters
 
@@ -348,15 +342,6 @@ class Engine:
             found = f"it has {len(ids)} tokens, the context {self.context}"
             raise InputError(message("feed the model", found, "give at least one, and no more than that"))
         return ids
-
-    def _load_entry(self, entry: AdapterEntry) -> None:
-        asked, file = f"load adapter {entry.name} of bundle {self.folder}", self.folder / entry.file.path
-        if entry.base_fingerprint != self.fingerprint:
-            found = f"it was trained on the model {entry.base_fingerprint[:12]}, this one is {self.fingerprint[:12]}"
-            raise InputError(message(asked, found, "give one that was trained on this model"))
-        if file.is_file() and sha256(file) != entry.file.sha256:
-            raise InputError(message(asked, f"{entry.file.path} is not the file that was exported", "deploy it anew"))
-        self.load_adapter(entry.name, file)
 
     def _check_hidden(self) -> None:
         if not self.manifest.graph.hidden_states:

@@ -6,7 +6,7 @@ Knows nothing of text or of how the logits were made.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,16 @@ class Sampling:
         ):
             if not good:
                 raise ConfigError(message(f"set {name}", f"it is {getattr(self, name)}", do))
+
+    @classmethod
+    def of_makers(cls, generation: Mapping[str, Any]) -> Sampling:
+        """Returns what a model's generation_config.json says; greedily where it does not say to sample."""
+        says = {key: value for key, value in generation.items() if value is not None}
+        penalty = float(says.get("repetition_penalty") or 1.0)
+        if not says.get("do_sample", False):
+            return cls(repetition_penalty=penalty)
+        temperature, top_p = (float(says.get(name, 1.0)) for name in ("temperature", "top_p"))
+        return cls(temperature, top_p, int(says.get("top_k", 0)), penalty)
 
 
 def choose(logits: Logits, how: Sampling, seen: Collection[int], draw: float) -> int:
