@@ -1,0 +1,28 @@
+// IDD of each vector: its distance from the mean unit vector of its domain,
+//     out[i] = 1 - v_i . mean[domain_i], clipped to [0, 1]; 1 where domain_i is -1 (no entry there yet)
+// The rows of v are unit vectors already.
+#include "warp.cuh"
+
+// Grid: a warp per row.
+template <class T>
+__device__ __forceinline__ void dissimilarity(const T* v, const float* means, const int* domain, float* out, int n,
+                                              int d) {
+    const int lane = threadIdx.x % LANES;
+    const long long row = ((long long)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
+    if (row >= n) return;
+    float cosine = 0.f;
+    if (domain[row] >= 0) {
+        read_rows(v + row * d, means + (long long)domain[row] * d, d, lane,
+                  [&](float x, float mean) { cosine = fmaf(x, mean, cosine); });
+        cosine = warp_sum(cosine);
+    }
+    if (lane == 0) out[row] = clip01(1.f - cosine);
+}
+
+#define ENTRIES(NAME, T)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS_MAX)                                                \
+    dissimilarity_##NAME(const T* __restrict__ v, const float* __restrict__ means,                           \
+                         const int* __restrict__ domain, float* __restrict__ out, int n, int d) {            \
+        dissimilarity(v, means, domain, out, n, d);                                                          \
+    }
+FOR_EACH_TYPE(ENTRIES)

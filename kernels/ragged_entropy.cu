@@ -1,0 +1,105 @@
+// EOE of each dialogue of a ragged batch: with w_i the energy of its i-th token (energy.cu) and Z = sum_i w_i,
+//     EOE = -sum_i p_i ln p_i / ln n,  p_i = w_i / Z
+#include "energy.cuh"
+
+// Partial sums over weights, relative to the largest seen, so that neither overflows and no large terms cancel:
+// z = sum w/top, s = sum w/top ln(w/top); then -sum p ln p = ln z - s/z.
+struct Weights {
+    float top = 0.f, z = 0.f, s = 0.f;
+
+    __device__ __forceinline__ void rebase(float larger) {
+        if (!(larger > top)) return;
+        const float factor = top / larger;
+        s = factor == 0.f ? 0.f : factor * fmaf(logf(factor), z, s);
+        z *= factor;
+        top = larger;
+    }
+
+    __device__ __forceinline__ void absorb(float weight) {
+        if (weight == 0.f) return;  // 0 ln 0 = 0
+        rebase(fmaxf(top, weight));
+        const float ratio = weight / top;
+        if (ratio == 0.f) return;
+        z += ratio;
+        s = fmaf(ratio, logf(ratio), s);
+    }
+
+    __device__ __forceinline__ void merge_warp() {
+        rebase(warp_max(top));
+        z = warp_sum(z);
+        s = warp_sum(s);
+    }
+
+    // In the first warp, the sums of the whole block.
+    __device__ __forceinline__ void merge_block() {
+        __shared__ float tops[WARPS_MAX], zs[WARPS_MAX], ss[WARPS_MAX];
+        const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
+        merge_warp();
+        if (lane == 0) { tops[warp] = top; zs[warp] = z; ss[warp] = s; }
+        __syncthreads();
+        if (warp > 0) return;
+        const bool one = lane < warps;
+        top = one ? tops[lane] : 0.f;
+        z = one ? zs[lane] : 0.f;
+        s = one ? ss[lane] : 0.f;
+        merge_warp();
+    }
+
+    // 0 for n < 2 and where every weight is 0; NaN stays.
+    __device__ __forceinline__ float entropy(long long n) const {
+        if (n < 2 || z == 0.f) return 0.f;
+        return clip01((logf(z) - s / z) / logf((float)n));
+    }
+};
+
+// Grid: a block per dialogue.
+extern "C" __global__ void __launch_bounds__(THREADS_MAX)
+ragged_entropy_f32(const float* __restrict__ energy, const long long* __restrict__ offsets,
+                   float* __restrict__ out, int b) {
+    const int dialogue = blockIdx.x;
+    if (dialogue >= b) return;
+    const long long first = offsets[dialogue], last = offsets[dialogue + 1];
+    Weights weights;
+    for (long long i = first + threadIdx.x; i < last; i += blockDim.x) weights.absorb(energy[i]);
+    weights.merge_block();
+    if (threadIdx.x == 0) out[dialogue] = weights.entropy(last - first);
+}
+
+// Grid: a block per dialogue, a warp per token. A lane keeps every 32nd energy, so that the logarithms are
+// taken once for 32 tokens.
+template <class Energy>
+__device__ __forceinline__ void entropy_of_dialogue(const long long* offsets, float* out, int b, Energy energy) {
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
+    const int dialogue = blockIdx.x;
+    if (dialogue >= b) return;
+    const long long first = offsets[dialogue], last = offsets[dialogue + 1];
+    Weights weights;
+    for (long long start = first + warp; start < last; start += (long long)LANES * warps) {
+        float mine = 0.f;
+        for (int k = 0; k < LANES && start + (long long)k * warps < last; k++) {
+            const float sum = energy(start + (long long)k * warps, dialogue, lane);
+            if (lane == k) mine = sum;
+        }
+        weights.absorb(mine);
+    }
+    weights.merge_block();
+    if (threadIdx.x == 0) out[dialogue] = weights.entropy(last - first);
+}
+
+#define ENTRIES(NAME, T)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS_MAX)                                                \
+    ragged_token_entropy_##NAME(const T* __restrict__ x, const long long* __restrict__ offsets,              \
+                                float* __restrict__ out, int b, int d) {                                     \
+        entropy_of_dialogue(offsets, out, b, [&](long long row, int, int lane) {                             \
+            return energy_of(x + row * d, d, lane);                                                          \
+        });                                                                                                  \
+    }                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS_MAX)                                                \
+    ragged_centered_entropy_##NAME(const T* __restrict__ x, const float* __restrict__ means,                 \
+                                   const long long* __restrict__ offsets, float* __restrict__ out, int b,    \
+                                   int d) {                                                                  \
+        entropy_of_dialogue(offsets, out, b, [&](long long row, int dialogue, int lane) {                    \
+            return energy_about(x + row * d, means + (long long)dialogue * d, d, lane);                      \
+        });                                                                                                  \
+    }
+FOR_EACH_TYPE(ENTRIES)
