@@ -166,18 +166,14 @@ class Machine:
             here = runnable & (self.at == place)
             instruction = self.program.instructions[place]
             if instruction.opcode.startswith("shfl.sync"):
-                members = self._members(instruction)
-                present = here.reshape(-1, LANES)
-                complete = ~(members & ~present).any(axis=1) & present.any(axis=1)
-                here = (present & complete[:, None]).reshape(-1)
+                here = np.repeat(here.reshape(-1, LANES).all(axis=1), LANES)
             if here.any():
                 return place, here
-        raise PtxError(f"{self.program.name}: lanes named by a shuffle never reach it: {instruction.text!r}")
+        raise PtxError(f"{self.program.name}: not all lanes of a warp reach {instruction.text!r}")
 
-    def _members(self, instruction: Instruction) -> Array:
-        """[warps, 32]: the lanes that a shuffle's mask names."""
-        mask = np.broadcast_to(self._read(instruction.operands[4], "u32"), self.count).reshape(-1, LANES)[:, :1]
-        return (mask >> np.arange(LANES, dtype=np.uint32)) & 1 != 0
+    def _uniform(self, operand: Operand, value: int) -> bool:
+        """Whether every active lane holds this value."""
+        return bool((np.broadcast_to(self._read(operand, "u32"), self.count)[self.active] == value).all())
 
     def _release(self) -> None:
         """Lets the blocks go on whose threads all wait at the same barrier."""
@@ -239,13 +235,13 @@ class Machine:
             raise PtxError("branch to an unknown label")
         self.at[taken] = self.program.labels[target.name]
 
-    def _shuffle(self, opcode: str, to: Operand, value: Operand, by: Operand, clamp: Operand, _: Operand) -> None:
-        if opcode != "shfl.sync.bfly.b32" or (self._read(clamp, "u32") != LANES - 1).any():
+    def _shuffle(self, opcode: str, to: Operand, value: Operand, by: Operand, clamp: Operand, mask: Operand) -> None:
+        if opcode != "shfl.sync.bfly.b32" or not self._uniform(clamp, LANES - 1):
             raise PtxError(f"unknown instruction {opcode}")
+        if not self._uniform(mask, 0xFFFFFFFF):
+            raise PtxError("a shuffle among fewer lanes than 32 is not known")
         values, thread = self._read(value, "b32"), np.arange(self.count)
         source = thread ^ (np.broadcast_to(self._read(by, "u32"), self.count).astype(np.int64) % LANES)
-        if not self.active[source[self.active]].all():
-            raise PtxError("a shuffle reads from a lane that is not there")
         if isinstance(to, Pair):
             self._write(to.valid, np.True_, "pred")  # a partner in 0..31 is always there
             to = to.value
