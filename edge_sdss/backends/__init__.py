@@ -5,12 +5,13 @@
     dissimilarity(vectors, means)       1 - cos, clipped to [0, 1]
 
 `numpy` is the reference. A backend that was asked for by name and is not here raises;
-`auto` takes the one that lies where the embeddings are.
+`auto` takes the one that lies where the embeddings are: on a GPU `cuda`, and where that cannot be, `torch`.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from edge_sdss.config import EoeVariant
 from edge_sdss.errors import BackendUnavailable, message
 
-NAMES = ("numpy", "torch")
+NAMES = ("numpy", "torch", "cuda")
 HISTOGRAM_BINS = 100
 
 
@@ -42,12 +43,12 @@ class Backend(Protocol):
 
 
 def load(name: str, device: str = "cpu") -> Backend:
-    """Returns the backend `name`; `auto` is torch where the model runs on a GPU, else numpy.
+    """Returns the backend `name`; `auto` goes by the `device` of the model: numpy on a CPU, on a GPU cuda or torch.
 
-    Raises BackendUnavailable for an unknown name or a missing library.
+    Raises BackendUnavailable for an unknown name, a missing library, or a missing device.
     """
     if name == "auto":
-        name = "numpy" if device == "cpu" else "torch"
+        return _auto(device)
     if name not in NAMES:
         raise BackendUnavailable(message(f"use backend {name!r}", "no such backend", f"choose {', '.join(NAMES)}"))
     try:
@@ -55,4 +56,16 @@ def load(name: str, device: str = "cpu") -> Backend:
     except ImportError as error:
         do = "pip install 'edge_sdss[train]' or choose --backend numpy"
         raise BackendUnavailable(message(f"use backend {name!r}", str(error), do)) from error
+    if hasattr(module, "ready"):
+        module.ready()
     return module  # type: ignore[no-any-return]
+
+
+def _auto(device: str) -> Backend:
+    if not device.startswith("cuda"):
+        return load("numpy" if device == "cpu" else "torch")
+    try:
+        return load("cuda")
+    except BackendUnavailable as error:
+        logging.getLogger(__name__).warning("auto takes the torch backend: %s", error)
+        return load("torch")
