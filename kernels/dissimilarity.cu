@@ -19,6 +19,7 @@ __device__ __forceinline__ void dissimilarity(const T* v, const float* means, co
     if (lane == 0) out[row] = clip01(1.f - cosine);
 }
 
+#ifndef ONLY_FUNCTIONS
 #define ENTRIES(NAME, T)                                                                                     \
     extern "C" __global__ void __launch_bounds__(THREADS_MAX)                                                \
     dissimilarity_##NAME(const T* __restrict__ v, const float* __restrict__ means,                           \
@@ -26,3 +27,4 @@ __device__ __forceinline__ void dissimilarity(const T* v, const float* means, co
         dissimilarity(v, means, domain, out, n, d);                                                          \
     }
 FOR_EACH_TYPE(ENTRIES)
+#endif

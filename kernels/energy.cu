@@ -27,6 +27,7 @@ __device__ __forceinline__ void centered_energy(const T* x, const float* means, 
     }
 }
 
+#ifndef ONLY_FUNCTIONS
 #define ENTRIES(NAME, T)                                                                                     \
     extern "C" __global__ void __launch_bounds__(THREADS_MAX)                                                \
     token_energy_##NAME(const T* __restrict__ x, float* __restrict__ energy, long long n, int d) {           \
@@ -38,3 +39,4 @@ __device__ __forceinline__ void centered_energy(const T* x, const float* means, 
         centered_energy(x, means, offsets, energy, d);                                                       \
     }
 FOR_EACH_TYPE(ENTRIES)
+#endif

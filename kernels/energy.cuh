@@ -5,8 +5,10 @@
 template <class T> __device__ __forceinline__ float energy_of(const T* row, int d, int lane) {
     float energy = 0.f;
     read_row(row, d, lane, [&](auto& values) {
+        float part = 0.f;  // of a tile, which rounds less than one long sum
         #pragma unroll
-        for (float x : values) energy = fmaf(x, x, energy);
+        for (float x : values) part = fmaf(x, x, part);
+        energy += part;
     });
     return warp_sum(energy);
 }

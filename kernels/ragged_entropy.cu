@@ -2,44 +2,48 @@
 //     EOE = -sum_i p_i ln p_i / ln n,  p_i = w_i / Z
 #include "energy.cuh"
 
-// Partial sums over weights, relative to the largest seen, so that neither overflows and no large terms cancel:
-// z = sum w/top, s = sum w/top ln(w/top); then -sum p ln p = ln z - s/z.
-struct Weights {
-    float top = 0.f, z = 0.f, s = 0.f;
+#define LN_2 0.6931471805599453f
 
-    __device__ __forceinline__ void rebase(float larger) {
-        if (!(larger > top)) return;
-        const float factor = top / larger;
-        s = factor == 0.f ? 0.f : factor * fmaf(logf(factor), z, s);
+// Partial sums over weights in units of 2^e, e the exponent of the largest seen, so that nothing overflows and no large
+// terms cancel: with r = w / 2^e, z = sum r and s = sum r ln r; then -sum p ln p = ln z - s/z. Scaling by powers of two
+// is exact and needs no division.
+struct Weights {
+    int exponent = 1;  // biased as in a float32, 1 .. 253, so that 2^-e is a normal number too
+    float z = 0.f, s = 0.f;
+
+    __device__ __forceinline__ void rebase(int larger) {
+        const int shift = exponent - larger;
+        const float factor = shift < -126 ? 0.f : __uint_as_float((unsigned)(127 + shift) << 23);
+        s = factor * fmaf((float)shift * LN_2, z, s);
         z *= factor;
-        top = larger;
+        exponent = larger;
     }
 
     __device__ __forceinline__ void absorb(float weight) {
-        if (weight == 0.f) return;  // 0 ln 0 = 0
-        rebase(fmaxf(top, weight));
-        const float ratio = weight / top;
-        if (ratio == 0.f) return;
-        z += ratio;
-        s = fmaf(ratio, logf(ratio), s);
+        rebase(max(exponent, min((int)(__float_as_uint(weight) >> 23), 253)));
+        const float r = weight * __uint_as_float((unsigned)(254 - exponent) << 23);
+        if (r == 0.f) return;  // 0 ln 0 = 0
+        z += r;
+        s = fmaf(r, logf(r), s);
     }
 
     __device__ __forceinline__ void merge_warp() {
-        rebase(warp_max(top));
+        rebase(warp_max(exponent));
         z = warp_sum(z);
         s = warp_sum(s);
     }
 
     // In the first warp, the sums of the whole block.
     __device__ __forceinline__ void merge_block() {
-        __shared__ float tops[WARPS_MAX], zs[WARPS_MAX], ss[WARPS_MAX];
+        __shared__ int exponents[WARPS_MAX];
+        __shared__ float zs[WARPS_MAX], ss[WARPS_MAX];
         const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
         merge_warp();
-        if (lane == 0) { tops[warp] = top; zs[warp] = z; ss[warp] = s; }
+        if (lane == 0) { exponents[warp] = exponent; zs[warp] = z; ss[warp] = s; }
         __syncthreads();
         if (warp > 0) return;
         const bool one = lane < warps;
-        top = one ? tops[lane] : 0.f;
+        exponent = one ? exponents[lane] : 1;
         z = one ? zs[lane] : 0.f;
         s = one ? ss[lane] : 0.f;
         merge_warp();
@@ -52,19 +56,6 @@ struct Weights {
     }
 };
 
-// Grid: a block per dialogue.
-extern "C" __global__ void __launch_bounds__(THREADS_MAX)
-ragged_entropy_f32(const float* __restrict__ energy, const long long* __restrict__ offsets,
-                   float* __restrict__ out, int b) {
-    const int dialogue = blockIdx.x;
-    if (dialogue >= b) return;
-    const long long first = offsets[dialogue], last = offsets[dialogue + 1];
-    Weights weights;
-    for (long long i = first + threadIdx.x; i < last; i += blockDim.x) weights.absorb(energy[i]);
-    weights.merge_block();
-    if (threadIdx.x == 0) out[dialogue] = weights.entropy(last - first);
-}
-
 // Grid: a block per dialogue, a warp per token. A lane keeps every 32nd energy, so that the logarithms are
 // taken once for 32 tokens.
 template <class Energy>
@@ -74,14 +65,31 @@ __device__ __forceinline__ void entropy_of_dialogue(const long long* offsets, fl
     if (dialogue >= b) return;
     const long long first = offsets[dialogue], last = offsets[dialogue + 1];
     Weights weights;
+    #pragma unroll 1
     for (long long start = first + warp; start < last; start += (long long)LANES * warps) {
         float mine = 0.f;
+        #pragma unroll 1
         for (int k = 0; k < LANES && start + (long long)k * warps < last; k++) {
             const float sum = energy(start + (long long)k * warps, dialogue, lane);
             if (lane == k) mine = sum;
         }
         weights.absorb(mine);
     }
+    weights.merge_block();
+    if (threadIdx.x == 0) out[dialogue] = weights.entropy(last - first);
+}
+
+#ifndef ONLY_FUNCTIONS
+// Grid: a block per dialogue.
+extern "C" __global__ void __launch_bounds__(THREADS_MAX)
+ragged_entropy_f32(const float* __restrict__ energy, const long long* __restrict__ offsets,
+                   float* __restrict__ out, int b) {
+    const int dialogue = blockIdx.x;
+    if (dialogue >= b) return;
+    const long long first = offsets[dialogue], last = offsets[dialogue + 1];
+    Weights weights;
+    #pragma unroll 1
+    for (long long i = first + threadIdx.x; i < last; i += blockDim.x) weights.absorb(energy[i]);
     weights.merge_block();
     if (threadIdx.x == 0) out[dialogue] = weights.entropy(last - first);
 }
@@ -103,3 +111,4 @@ __device__ __forceinline__ void entropy_of_dialogue(const long long* offsets, fl
         });                                                                                                  \
     }
 FOR_EACH_TYPE(ENTRIES)
+#endif

@@ -27,6 +27,7 @@ __device__ __forceinline__ void ragged_mean(const T* x, const long long* offsets
             for (int k = 0; k < V; k++) sum[k] += values[k];
         }
     } else if (!vectors) {
+        #pragma unroll 1
         for (; row < last; row += warps * ROWS)
             #pragma unroll
             for (int k = 0; k < V; k++)
@@ -42,6 +43,7 @@ __device__ __forceinline__ void ragged_mean(const T* x, const long long* offsets
     const int column = threadIdx.x;
     if (column >= COLUMNS || start + column >= d) return;
     float total = 0.f;
+    #pragma unroll 1
     for (int w = 0; w < warps; w++) total += partial[w][column];
     mean[(long long)blockIdx.x * d + start + column] = last > first ? total / (float)(last - first) : 0.f;
 }
@@ -50,10 +52,12 @@ __device__ __forceinline__ void ragged_mean(const T* x, const long long* offsets
 template <class T>
 __device__ __forceinline__ void ragged_last(const T* x, const long long* offsets, float* out, int d) {
     const long long first = offsets[blockIdx.x], last = offsets[blockIdx.x + 1];
+    #pragma unroll 2
     for (int j = blockIdx.y * blockDim.x + threadIdx.x; j < d; j += gridDim.y * blockDim.x)
         out[(long long)blockIdx.x * d + j] = last > first ? widen(x[(last - 1) * d + j]) : 0.f;
 }
 
+#ifndef ONLY_FUNCTIONS
 // Grid: a warp per row.
 extern "C" __global__ void __launch_bounds__(THREADS_MAX)
 normalise_f32(const float* __restrict__ x, float* __restrict__ out, long long n, int d) {
@@ -61,9 +65,11 @@ normalise_f32(const float* __restrict__ x, float* __restrict__ out, long long n,
     const long long row = ((long long)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     if (row >= n) return;
     float energy = 0.f;
+    #pragma unroll 2
     for (int j = lane; j < d; j += LANES) energy = fmaf(x[row * d + j], x[row * d + j], energy);
     energy = warp_sum(energy);
     const float scale = energy == 0.f ? 1.f : 1.f / sqrtf(energy);
+    #pragma unroll 2
     for (int j = lane; j < d; j += LANES) out[row * d + j] = scale * x[row * d + j];
 }
 
@@ -79,3 +85,4 @@ normalise_f32(const float* __restrict__ x, float* __restrict__ out, long long n,
         ragged_last(x, offsets, last, d);                                                                    \
     }
 FOR_EACH_TYPE(ENTRIES)
+#endif

@@ -21,12 +21,15 @@ struct Softmax {
         #pragma unroll
         for (int k = 0; k < K; k++) larger = fmaxf(larger, x[k]);
         rebase(larger);
+        float z_part = 0.f, s_part = 0.f;  // of a tile, which rounds less than one long sum
         #pragma unroll
         for (int k = 0; k < K; k++) {
             const float shift = max_or_nan(x[k] - m, FLOOR), p = exp2_fast(shift * LOG2_E);
-            z += p;
-            s = fmaf(shift, p, s);
+            z_part += p;
+            s_part = fmaf(shift, p, s_part);
         }
+        z += z_part;
+        s += s_part;
     }
 
     __device__ __forceinline__ void merge_warp() {
@@ -54,9 +57,11 @@ __device__ __forceinline__ void row_entropy(const T* logits, float* out, long lo
     if (lane == 0) out[row] = softmax.entropy();
 }
 
+#ifndef ONLY_FUNCTIONS
 #define ENTRIES(NAME, T)                                                                                     \
     extern "C" __global__ void __launch_bounds__(THREADS_MAX)                                                \
     row_entropy_##NAME(const T* __restrict__ logits, float* __restrict__ out, long long n, int d) {          \
         row_entropy(logits, out, n, d);                                                                      \
     }
 FOR_EACH_TYPE(ENTRIES)
+#endif

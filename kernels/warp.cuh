@@ -79,9 +79,9 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
-__device__ __forceinline__ float warp_max(float x) {
+template <class Number> __device__ __forceinline__ Number warp_max(Number x) {
     #pragma unroll
-    for (int step = LANES / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
+    for (int step = LANES / 2; step > 0; step /= 2) x = max(x, __shfl_xor_sync(ALL_LANES, x, step));
     return x;
 }
 
@@ -94,12 +94,14 @@ __device__ __forceinline__ void read_row(const T* row, int d, int lane, Absorb a
     const int vectors = (d - head) / V, tail = head + vectors * V;
     const T* body = row + head;
     int first = 0;
+    #pragma unroll 1
     for (; first + TILE * LANES <= vectors; first += TILE * LANES) {
         float values[TILE * V];
         #pragma unroll
         for (int k = 0; k < TILE; k++) load16(body + (first + k * LANES + lane) * V, values + k * V);
         absorb(values);
     }
+    #pragma unroll 1
     for (int i = first + lane; i < vectors; i += LANES) {
         float values[V];
         load16(body + i * V, values);
@@ -122,7 +124,7 @@ __device__ __forceinline__ void read_rows(const T* row, const U* other, int d, i
     int done = 0;
     if (aligned16(row) && aligned16(other)) {
         done = d / V * V;
-        #pragma unroll 4
+        #pragma unroll 2
         for (int i = lane * V; i < done; i += LANES * V) {
             float x[V], y[V];
             load16(row + i, x);
@@ -132,7 +134,7 @@ __device__ __forceinline__ void read_rows(const T* row, const U* other, int d, i
             for (int k = 0; k < V; k++) absorb(x[k], y[k]);
         }
     }
-    #pragma unroll 4
+    #pragma unroll 1
     for (int i = done + lane; i < d; i += LANES) absorb(widen(row[i]), widen(other[i]));
 }
 

@@ -276,7 +276,7 @@ class Machine:
         if space == "param":
             if not isinstance(address, Address) or address.base not in self.values or address.offset:
                 raise PtxError("unknown parameter")
-            self._write(to, self.values[address.base].astype(DTYPES[kind]), kind)
+            self._write(to, *self._widened(to, self.values[address.base].astype(DTYPES[kind]), kind))
             return
         if not self.lanes.size:
             return
@@ -288,7 +288,15 @@ class Machine:
         for register, column in zip(_registers(to, count), values.T, strict=True):
             whole = np.zeros(self.count, dtype)
             whole[self.lanes] = column
-            self._write(register, whole, kind)
+            self._write(register, *self._widened(register, whole, kind))
+
+    def _widened(self, register: Operand, value: Any, kind: str) -> tuple[Any, str]:
+        """A loaded integer, extended to its register."""
+        declared = self.program.registers[register.name] if isinstance(register, Register) else "pred"
+        if kind[0] not in "us" or declared == "pred" or SIZES[declared] <= SIZES[kind]:
+            return value, kind
+        wide = f"{kind[0]}{8 * SIZES[declared]}"
+        return value.astype(DTYPES[wide]), wide
 
     def store(self, space: str, kind: str, count: int, address: Operand, value: Operand) -> None:
         if not self.lanes.size:
@@ -326,8 +334,6 @@ class Machine:
         declared = self.program.registers[operand.name]
         raw = np.dtype(np.bool_ if declared == "pred" else f"u{SIZES[declared]}")
         value = np.asarray(value, DTYPES[kind])
-        if value.dtype.itemsize < raw.itemsize and kind in ("u8", "u16", "b8", "b16"):
-            value = value.astype(raw)  # loads may widen
         if value.dtype.itemsize != raw.itemsize or (kind == "pred") != (declared == "pred"):
             raise PtxError(f"{operand.name} is no register for {kind}")
         register = self.registers.get(operand.name)

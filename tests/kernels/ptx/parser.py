@@ -71,6 +71,7 @@ SIZES |= {"s64": 8, "f64": 8, "f16": 2}
 _SPECIAL = {f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"}
 _ENTRY = re.compile(r"\.visible\s+\.entry\s+(\w+)\s*\(([^)]*)\)([^{]*)\{")
 _MODULE = re.compile(r"\s*(\.version\s+[\d.]+|\.target\s+(?P<target>sm_\w+)|\.address_size\s+64)")
+_SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?")
 _PARAMETER = re.compile(r"\.param\s+\.([a-z]\d+)(?:\s+\.ptr[^,]*?)?\s+(\w+)$")
 
 
@@ -88,16 +89,21 @@ def parameters(text: str, entry: str) -> list[str]:
 def parse(text: str, entry: str) -> Program:
     """Raises PtxError where the entry is missing or the text holds something unknown."""
     clean = _clean(text)
-    target, program, position = "", None, 0
+    target, program, position, shared = "", None, 0, []
     while rest := clean[position:].strip():
         position = len(clean) - len(clean[position:].lstrip())
         if match := _MODULE.match(clean, position):
             target = match["target"] or target
             position = match.end()
+        elif match := _SHARED.match(clean, position):
+            shared.append(match)
+            position = match.end() + 1
         elif match := _ENTRY.match(clean, position):
             end = _closing(clean, match.end())
             if match[1] == entry:
                 program = _header(match, target)
+                for declared in shared:
+                    _share(program, declared)
                 _body(program, clean[match.end() : end])
             position = end + 1
         else:
@@ -178,13 +184,18 @@ def _directive(program: Program, scope: _Scope, text: str) -> None:
                     program.registers[scope.declare(f"{several[1]}{number}")] = kind
             else:
                 program.registers[scope.declare(name)] = kind
-    elif match := re.fullmatch(r"\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?", text):
-        align, size = int(match[1]), SIZES[match[2]] * int(match[4] or 1)
-        start = -(-program.shared_bytes // align) * align
-        program.shared[match[3]] = start
-        program.shared_bytes = start + size
+    elif match := _SHARED.fullmatch(text):
+        _share(program, match)
     elif not re.fullmatch(r'\.pragma\s+"nounroll"', text):
         raise PtxError(f"unknown directive: {text!r}")
+
+
+def _share(program: Program, match: re.Match[str]) -> None:
+    """Gives a shared variable its address."""
+    align, size = int(match[1]), SIZES[match[2]] * int(match[4] or 1)
+    start = -(-program.shared_bytes // align) * align
+    program.shared[match[3]] = start
+    program.shared_bytes = start + size
 
 
 def _instruction(program: Program, scope: _Scope, text: str) -> Instruction:
