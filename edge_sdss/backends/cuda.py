@@ -20,6 +20,7 @@ from edge_sdss.backends._cuda import launches
 from edge_sdss.backends._cuda.gpu import open_gpu
 from edge_sdss.backends._cuda.rows import Chunk, Rows, chunks, workspace
 from edge_sdss.config import EoeVariant
+from edge_sdss.errors import InputError, message
 
 KERNELS = ("token", "centered")
 
@@ -64,6 +65,9 @@ def dissimilarity(vectors: Any, means: Any) -> npt.NDArray[np.float64]:
     """1 - v·m per row, clipped to [0, 1]."""
     rows, others = Rows.of(vectors), Rows.of(means, only="f32")
     n, width = rows.shape
+    if others.shape != rows.shape:
+        found = f"vectors of {rows.shape} and means of {others.shape}"
+        raise InputError(message("compute the dissimilarity", found, "give a mean for each vector"))
     with open_gpu(rows.device).active() as gpu:
         out = workspace(rows.device).memories["dissimilarity"]
         address = out.reserve(4 * n)

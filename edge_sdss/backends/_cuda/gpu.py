@@ -23,9 +23,13 @@ INTERPRETED = "interpreter"
 """In the name of a device that is none; results over it are stamped."""
 
 
-@cache
 def open_gpu(index: int = 0) -> Gpu:
-    """Returns the device; raises BackendUnavailable where there is no PyCUDA, driver, device or fitting image."""
+    """Returns the device, always the same object; raises BackendUnavailable without PyCUDA, driver or device."""
+    return _opened(index)
+
+
+@cache
+def _opened(index: int) -> Gpu:
     asked = "use backend 'cuda'"
     other = "choose --backend auto, torch or numpy"
     try:

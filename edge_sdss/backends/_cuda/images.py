@@ -11,6 +11,7 @@ import ctypes.util
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -24,7 +25,13 @@ from edge_sdss.errors import BackendUnavailable, message
 
 _PACKAGE = Path(__file__).parents[2]
 _TIMEOUT_S = 300
-OLDEST = (8, 7)  # Orin: what the images made ahead of time begin with
+_LEAST_DRIVER = {
+    ("elf_abi", 7): 12060,
+    ("ptx_version", "8.5"): 12060,
+    ("elf_abi", 8): 13000,
+    ("ptx_version", "9.0"): 13000,
+}
+"""The CUDA of the first driver that surely takes an image, by what is in it."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,21 @@ def folder() -> Path:
 
 
 def source_hash(file: str) -> str:
-    """SHA-256 of a kernel file and of all headers beside it."""
+    """SHA-256 of a kernel file and of what it includes, as in the images' manifest."""
     digest = hashlib.sha256()
-    for path in (folder() / file, *sorted(folder().glob("*.cuh"))):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for name, text in _texts(file).items():
+        digest.update(f"{name}\0{len(text)}\0".encode() + text)
     return digest.hexdigest()
+
+
+def _texts(file: str) -> dict[str, bytes]:
+    """A source by name, after what it includes."""
+    text = (folder() / file).read_bytes()
+    texts: dict[str, bytes] = {}
+    for included in re.findall(rb'^#include "([\w.]+)"', text, re.M):
+        if included.decode() not in texts:
+            texts.update(_texts(included.decode()))
+    return {**texts, file: text}
 
 
 @cache
@@ -72,7 +89,39 @@ def image(file: str, target: Target) -> Image:
 
 
 def ahead_of_time(file: str, target: Target) -> Image | None:
+    """Returns an image from kernels/images that was made of these sources and that the driver and the device take.
+
+    Machine code for exactly this device comes before PTX, which the driver has to compile.
+    """
+    try:
+        manifest = json.loads((folder() / "images" / "manifest.json").read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    stem = Path(file).stem
+    if manifest["sources"].get(stem) != source_hash(file):
+        return None
+    fitting = [
+        (rank, name)
+        for name, facts in manifest["images"].items()
+        if Path(name).stem == stem and (rank := _rank(facts, target)) is not None
+    ]
+    for _, name in sorted(fitting):
+        data = (folder() / "images" / name).read_bytes()
+        if hashlib.sha256(data).hexdigest() == manifest["images"][name]["sha256"]:
+            return Image(data + b"\0", f"images/{name}")
     return None
+
+
+def _rank(facts: dict[str, Any], target: Target) -> tuple[int, int] | None:
+    """Machine code of this very device, then PTX that it can run, each by the newer compiler first; else None."""
+    least = [driver for (key, value), driver in _LEAST_DRIVER.items() if facts.get(key) == value]
+    if not least or target.driver < least[0]:
+        return None
+    codes = facts["target"].split()
+    if f"sm_{target.sm}" in codes:
+        return 0, -least[0]
+    virtual = (int(code.removeprefix("compute_")) for code in codes if code.startswith("compute_"))
+    return (1, -least[0]) if any(code <= target.sm for code in virtual) else None
 
 
 def compiled(file: str, target: Target) -> Image:

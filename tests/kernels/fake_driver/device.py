@@ -11,8 +11,11 @@ EDGE_SDSS_FAKE=driver,major,minor,bytes makes it another device.
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import os
 import re
+import struct
 import sys
 import traceback
 from dataclasses import dataclass, field
@@ -27,6 +30,9 @@ from ptx import Memory, PtxError, entries, parameters, run
 
 INVALID_IMAGE, NO_BINARY, UNSUPPORTED_PTX, NOT_FOUND, INVALID_VALUE, LAUNCH_FAILED = 200, 209, 222, 500, 1, 719
 NEWEST_PTX = {12020: (8, 2), 12060: (8, 5), 12080: (8, 7), 13000: (9, 0)}
+NEWEST_ABI = (7, 8)  # before CUDA 13, and from it on
+ELF, FATBIN = b"\x7fELF", b"\x50\xed\x55\xba"
+KERNELS = Path(__file__).parents[3] / "kernels"
 _SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 _LOAD = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)
 _FUNCTION = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_char_p)
@@ -62,10 +68,14 @@ class Fake:
         self.library.fake_counts(found)
         return dict(zip(("to_device", "to_host", "launches", "waits"), found, strict=True))
 
+    def recover(self) -> None:
+        """Forgets a failed launch, which on a device would end the process's context."""
+        self.library.fake_recover()
+
     def load(self, image: int) -> int:
-        data = ctypes.string_at(image, 4)
-        if data == b"\x7fELF" or data == b"\x50\xed\x55\xba":
-            return self._refuse(NO_BINARY, "machine code is not interpreted")
+        magic = ctypes.string_at(image, 4)
+        if magic in (ELF, FATBIN):
+            return self._machine_code(image, magic)
         text = ctypes.string_at(image).decode()
         version = re.search(r"^\.version (\d+)\.(\d+)", text, re.M)
         target = re.search(r"^\.target sm_(\d+)", text, re.M)
@@ -77,6 +87,31 @@ class Fake:
         if int(target[1]) > 10 * self.capability[0] + self.capability[1]:
             return self._refuse(NO_BINARY, f"sm_{target[1]} is newer than the device")
         self.images.append(text)
+        return len(self.images)
+
+    def _machine_code(self, image: int, magic: bytes) -> int:
+        """Takes an image of kernels/images, if a driver of this version would, and interprets the PTX made with it."""
+        if magic == ELF:
+            head = ctypes.string_at(image, 64)
+            segments, sections = struct.unpack_from("<QQ", head, 32)
+            segment_bytes, segment_count, section_bytes, section_count = struct.unpack_from("<HHHH", head, 54)
+            end = max(segments + segment_bytes * segment_count, sections + section_bytes * section_count)
+            data = ctypes.string_at(image, end)
+            if head[8] > NEWEST_ABI[self.version >= 13000]:
+                return self._refuse(NO_BINARY, f"a driver of CUDA {self.version} takes no ELF ABI {head[8]}")
+            if (arch := head[48 if head[8] == 7 else 49]) != 10 * self.capability[0] + self.capability[1]:
+                return self._refuse(NO_BINARY, f"machine code of sm_{arch}")
+        else:
+            header, size = struct.unpack("<HQ", ctypes.string_at(image + 6, 10))
+            data = ctypes.string_at(image, header + size)
+            if self.version < 13000:
+                return self._refuse(NO_BINARY, f"a driver of CUDA {self.version} takes no image of CUDA 13")
+        images = json.loads((KERNELS / "images/manifest.json").read_text(encoding="utf-8"))["images"]
+        digest = hashlib.sha256(data).hexdigest()
+        name = next((name for name, facts in images.items() if facts["sha256"] == digest), None)
+        if name is None:
+            return self._refuse(NO_BINARY, "machine code from elsewhere is not interpreted")
+        self.images.append((KERNELS / "images" / name).with_suffix(".ptx").read_text(encoding="utf-8"))
         return len(self.images)
 
     def function(self, module: int, name: bytes) -> int:

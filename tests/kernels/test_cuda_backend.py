@@ -1,0 +1,92 @@
+"""The CUDA backend where there is no GPU: what it says, and its host code by the real PyCUDA over a fake driver."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")  # PyCUDA is built for one Python only, that of the whole suite
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE / "fake_driver"))
+import build
+
+from edge_sdss import backends
+from edge_sdss.errors import BackendUnavailable
+
+
+@pytest.fixture(scope="module")
+def built():
+    """PyCUDA and the fake driver, from the cache or built now."""
+    try:
+        return build.pycuda(), build.driver()
+    except build.Unbuildable as error:
+        pytest.skip(str(error))
+
+
+def child(*arguments, path=(), **variables):
+    folders = [str(ROOT), *map(str, path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), **variables}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+    )
+
+
+def over_fake_driver(*arguments):
+    folders = HERE, HERE / "fake_driver"
+    return child("-m", "pytest", "-q", "-p", "device", "-p", "no:cacheprovider", "-rs", *arguments, path=folders)
+
+
+def passed(done):
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return int(re.search(r"(\d+) passed", done.stdout)[1])
+
+
+def test_the_contract_holds_over_the_real_pycuda(built):
+    done = over_fake_driver("tests/contracts/test_backends.py", "-k", "cuda")
+    assert passed(done) >= 30
+    assert "skipped" not in done.stdout
+
+
+def test_the_host_code_over_the_fake_driver(built):
+    assert passed(over_fake_driver("tests/kernels/over_fake_driver.py")) >= 40
+
+
+def test_without_a_driver_the_way_out_is_told(built):
+    code = "from edge_sdss.cli import main; main()"
+    done = child("-c", code, "observe", "--backend", "cuda", "--help")
+    assert "cuda" in done.stdout
+    found = child("-c", "from edge_sdss import backends; backends.load('cuda')", path=[built[0]])
+    assert "use backend 'cuda': there is no NVIDIA driver (libcuda) here" in found.stderr
+    assert "choose --backend auto, torch or numpy." in found.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pycuda") is not None, reason="PyCUDA is installed here")
+def test_without_pycuda_the_way_out_is_told():
+    with pytest.raises(BackendUnavailable, match=r"pycuda is not installed; pip install 'edge_sdss\[cuda\]'"):
+        backends.load("cuda")
+
+
+def test_auto_falls_back_with_one_line(monkeypatch, caplog):
+    from edge_sdss.backends import cuda
+
+    def no_driver():
+        raise BackendUnavailable("use backend 'cuda': no driver; do something.")
+
+    monkeypatch.setattr(cuda, "ready", no_driver)
+    with caplog.at_level(logging.WARNING):
+        assert backends.load("auto", "cuda").__name__.endswith("torch")
+        assert backends.load("auto", "cpu").__name__.endswith("numpy")
+    assert [r.getMessage() for r in caplog.records] == [
+        "auto takes the torch backend: use backend 'cuda': no driver; do something."
+    ]
+    monkeypatch.setattr(cuda, "ready", lambda: None)
+    assert backends.load("auto", "cuda:0").__name__.endswith("cuda")
