@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,15 @@ from edge_sdss.errors import BackendUnavailable, message
 
 NAMES = ("numpy", "torch", "cuda")
 HISTOGRAM_BINS = 100
+
+
+_PACKAGE = Path(__file__).parent.parent
+
+
+def kernels() -> Path:
+    """Where the CUDA sources and their images are: inside of an installed package, or beside it in a checkout."""
+    inside = _PACKAGE / "_kernels"
+    return inside if inside.is_dir() else _PACKAGE.parent / "kernels"
 
 
 class Backend(Protocol):

@@ -21,9 +21,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from edge_sdss.backends import kernels as folder
 from edge_sdss.errors import BackendUnavailable, message
 
-_PACKAGE = Path(__file__).parents[2]
 _TIMEOUT_S = 300
 _LEAST_DRIVER = {
     ("elf_abi", 7): 12060,
@@ -53,12 +53,6 @@ class Image:
 
     data: bytes
     origin: str
-
-
-def folder() -> Path:
-    """Where the kernels' sources are: inside of an installed package, or beside it in a checkout."""
-    inside = _PACKAGE / "_kernels"
-    return inside if inside.is_dir() else _PACKAGE.parent / "kernels"
 
 
 def source_hash(file: str) -> str:
