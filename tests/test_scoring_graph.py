@@ -61,7 +61,8 @@ def test_the_graph_computes_what_the_reference_does(variant, lengths):
 def test_a_model_with_hidden_states_gets_the_scores_behind_it():
     text = f"""<ir_version: 8, opset_import: ["" : 18]>
     model (float[batch, n, 4] x, float[4, {WIDTH}] weight)
-        => (float[batch, n, {WIDTH}] hidden_states, float[batch, n, 4] y) {{ hidden_states = MatMul (x, weight) y = Relu (x) }}"""
+        => (float[batch, n, {WIDTH}] hidden_states, float[batch, n, 4] y)
+    {{ hidden_states = MatMul (x, weight) y = Relu (x) }}"""
     model = onnx.parser.parse_model(text)
     joined = scoring.behind(model, WIDTH, "centered")
     onnx.checker.check_model(joined)
