@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from edge_sdss.backends import numpy as reference
 from edge_sdss.backends._cuda import launches
-from edge_sdss.backends._cuda.gpu import open_gpu
+from edge_sdss.backends._cuda.gpu import Memory, open_gpu
 from edge_sdss.backends._cuda.rows import Chunk, Rows, chunks, workspace
 from edge_sdss.config import EoeVariant
 from edge_sdss.errors import InputError, message
@@ -89,6 +89,27 @@ def row_entropy(logits: Any) -> npt.NDArray[np.float64]:
             grid, at = launches.warp_per_row(chunk.n), address + 4 * chunk.first
             gpu.launch("row_entropy", rows.type, grid, chunk.rows, at, chunk.n, width)
         return out.download((n,)).astype(np.float64)
+
+
+def pairwise(a: Any, b: Any) -> npt.NDArray[np.float64]:
+    """1 - a·b of every pair of rows, clipped to [0, 1]. a: [n, d], b: [m, d], unit rows. Returns [n, m] float64."""
+    left, right = Rows.of(a, only="f32"), Rows.of(b, only="f32")
+    (n, width), m = left.shape, right.shape[0]
+    if right.shape[1] != width:
+        found = f"rows of {width} and of {right.shape[1]} values"
+        raise InputError(message("compare all pairs", found, "give vectors of one size"))
+    with open_gpu(left.device).active() as gpu:
+        memories = workspace(left.device).memories
+        placed = [_whole(rows, memories[name]) for rows, name in ((left, "left"), (right, "right"))]
+        address = memories["pairs"].reserve(4 * n * m)
+        gpu.launch(
+            "pairwise", "f32", launches.tiles(n, m), *placed, address, n, m, width, block=launches.PAIRWISE_BLOCK
+        )
+        return memories["pairs"].download((n, m)).astype(np.float64)
+
+
+def _whole(rows: Rows, memory: Memory) -> int:
+    return rows.address if rows.host is None else memory.upload(rows.host, np.float32)
 
 
 def _token_energy(chunk: Chunk) -> int:

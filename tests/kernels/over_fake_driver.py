@@ -17,6 +17,7 @@ from edge_sdss.backends import cuda
 from edge_sdss.backends import numpy as reference
 from edge_sdss.backends._cuda import gpu, images, launches, rows
 from edge_sdss.backends._cuda.images import Target
+from edge_sdss.doctor import selftest
 from edge_sdss.errors import BackendUnavailable, BudgetExceeded, InputError
 
 LENGTHS = (3, 0, 1, 37, 2, 64, 9)
@@ -144,6 +145,39 @@ def test_softmax_entropy_of_rows():
     p = np.exp(x - x.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(cuda.row_entropy(x), -(p * np.log(p)).sum(axis=1), atol=4e-6)
+
+
+def test_pairs():
+    unit = reference.pool(tokens(33), OFFSETS, "mean")
+    others = np.random.default_rng(2).normal(size=(45, 33)).astype(np.float32) / 6
+    wanted = np.clip(1 - unit.astype(np.float64) @ others.T.astype(np.float64), 0, 1)
+    np.testing.assert_allclose(cuda.pairwise(unit, others), wanted, atol=1e-6)
+    with pytest.raises(InputError, match="one size"):
+        cuda.pairwise(unit, others[:, 1:])
+
+
+def test_the_selftests_benchmark_measures_each_kernel(monkeypatch):
+    for name, value in {"_TOKENS": 24, "_WIDTH": 40, "_SAMPLES": 3, "_SAMPLE_S": 0.0}.items():
+        monkeypatch.setattr(selftest, name, value)
+    found = list(selftest._benchmark(cuda, lambda *told: None))
+    assert [(t.kernel, t.dtype) for t in found] == [
+        (kernel, dtype) for dtype in selftest.DTYPES for kernel in ("token_energy", "row_entropy", "dissimilarity")
+    ]
+    assert [t.bytes for t in found] == [24 * 40 * size + 4 * 24 for size in (4, 4, 4, 2, 2, 2, 2, 2, 2)]
+    assert all(t.lo_s <= t.median_s <= t.hi_s and t.samples == 3 for t in found)
+
+
+def test_a_kernel_that_is_wrong_fails_the_selftest(monkeypatch):
+    from edge_sdss.tree import Tree
+
+    assert selftest.run(Tree()).passed
+    right = cuda.dissimilarity
+    monkeypatch.setattr(cuda, "dissimilarity", lambda *given: right(*given) + 3e-6)
+    result = selftest.run(Tree())
+    assert {row.kernel for row in result.parity if not row.passed} == {"dissimilarity"}
+    assert not result.passed
+    assert result.benchmark == ()
+    assert result.device.interpreted
 
 
 def test_nothing_to_do():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib.util
+import json
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +76,39 @@ def test_without_a_driver_the_way_out_is_told(built):
 def test_without_pycuda_the_way_out_is_told():
     with pytest.raises(BackendUnavailable, match=r"pycuda is not installed; pip install 'edge_sdss\[cuda\]'"):
         backends.load("cuda")
+
+
+def test_the_selftest_writes_a_file_that_can_be_sent_in(built, tmp_path):
+    code = "import device; from edge_sdss.cli import main; main()"
+    out = tmp_path / "result.json"
+    arguments = "-c", code, "doctor", "--selftest", "--out", str(out)
+    folders = HERE, HERE / "fake_driver"
+    done = child(*arguments, path=folders, EDGE_SDSS_FAKE="12060,8,7,8000000000")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "INTERPRETED on a CPU" in done.stderr
+    text = out.read_text()
+    result = json.loads(text)
+    assert result["device"]["interpreted"] is True
+    assert result["benchmark"] == []
+    assert result["device"]["images"]["energy.cu"] == "images/jetpack6/energy.cubin"
+    assert {row["kernel"] for row in result["parity"]} == {
+        "entropy token", "entropy centered", "pool mean", "pool last", "row_entropy", "dissimilarity", "pairwise"
+    }  # fmt: skip
+    assert all(row["passed"] for row in result["parity"])
+    for secret in (socket.gethostname(), str(Path.home()), getpass.getuser(), str(ROOT), str(tmp_path)):
+        assert not re.search(rf"(?<!\w){re.escape(secret)}(?!\w)", text)
+    again = child(*arguments, path=folders)
+    assert again.returncode == 2
+    assert "it is there already" in again.stderr
+
+
+def test_the_selftest_without_a_driver_is_exit_2(built, tmp_path):
+    code = "from edge_sdss.cli import main; main()"
+    out = tmp_path / "result.json"
+    done = child("-c", code, "doctor", "--selftest", "--out", str(out), path=[built[0]])
+    assert done.returncode == 2
+    assert "there is no NVIDIA driver (libcuda) here" in done.stderr
+    assert not out.exists()
 
 
 def test_auto_falls_back_with_one_line(monkeypatch, caplog):

@@ -60,6 +60,7 @@ class Gpu:
         device = driver.Device(index)
         self.name: str = device.name()
         self.target = Target(device.compute_capability(), driver.get_driver_version())
+        self.memory_bytes: int = device.total_memory()
         self.multiprocessors: int = device.get_attribute(driver.device_attribute.MULTIPROCESSOR_COUNT)
         self._context = device.retain_primary_context()
         self._lock = threading.RLock()
@@ -90,10 +91,21 @@ class Gpu:
             finally:
                 self._context.pop()
 
-    def launch(self, entry: str, type_: launches.Type, grid: tuple[int, int], *arguments: Any) -> None:
+    def launch(
+        self, entry: str, type_: launches.Type, grid: tuple[int, int], *arguments: Any, block: int = launches.BLOCK
+    ) -> None:
         """Queues a kernel on the stream; `arguments` as `launches.ENTRIES` says, addresses as integers."""
         if 0 not in grid:
-            self._function(entry, type_).prepared_async_call(grid, (launches.BLOCK, 1, 1), self.stream, *arguments)
+            self._function(entry, type_).prepared_async_call(grid, (block, 1, 1), self.stream, *arguments)
+
+    def copy(self, to: int, source: int, size_bytes: int) -> None:
+        """Queues a copy within the device's memory."""
+        self._driver.memcpy_dtod_async(to, source, size_bytes, self.stream)
+
+    @property
+    def images(self) -> dict[str, str]:
+        """Of each kernel file that was loaded, the image's origin."""
+        return {file: images.image(file, self.target).origin for file in sorted(self._modules)}
 
     def wait(self) -> None:
         """Returns when all that was queued is done."""
@@ -106,10 +118,6 @@ class Gpu:
     def event(self) -> Any:
         """Returns an event to be recorded on the stream."""
         return self._driver.Event(self._driver.event_flags.DISABLE_TIMING)
-
-    def timer(self) -> Any:
-        """Returns an event that keeps the time."""
-        return self._driver.Event()
 
     def after(self, tensor: Any) -> None:
         """Lets the stream wait for what torch has queued for a tensor; the host does not wait."""

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 BLOCK = 256
+PAIRWISE_BLOCK = 128
 WARPS = BLOCK // 32
+_TILE = 32  # rows of each side, of a block of pairwise
 _SECTION_BYTES = 128  # of each row, what a block of ragged_mean takes
 _COLUMN_BLOCKS = 64  # of centered_energy for each dialogue: enough rows at once to fill a Jetson's GPU
 
@@ -57,3 +59,8 @@ def columns(dialogues: int, width: int, item_bytes: int) -> tuple[int, int]:
 def shared_rows(dialogues: int, longest: int) -> tuple[int, int]:
     """Grid of the kernels whose blocks share the rows, or the values of a row, of one dialogue."""
     return dialogues, min(max(-(-longest // WARPS), 1), _COLUMN_BLOCKS)
+
+
+def tiles(n: int, m: int) -> tuple[int, int]:
+    """Grid of pairwise: a block for each tile of the [n, m] result."""
+    return -(-m // _TILE), -(-n // _TILE)

@@ -44,6 +44,8 @@ class Rows:
     @classmethod
     def of(cls, given: Any, *, only: Type | None = None) -> Rows:
         """Takes a NumPy array or a torch tensor; what is no float32, float16 or bfloat16 (or not `only`) is cast."""
+        if isinstance(given, Rows):
+            return given
         if getattr(given, "is_cuda", False):
             return cls._in_place(given, only)
         if hasattr(given, "detach"):  # a torch tensor in the host's memory
@@ -127,7 +129,7 @@ def chunks(rows: Rows, offsets: npt.NDArray[np.int64], extra: Rows | None = None
     gpu = open_gpu(rows.device)
     work = workspace(rows.device)
     for matrix in (rows, extra):
-        if matrix is not None and matrix.host is None:
+        if matrix is not None and getattr(matrix.kept, "is_cuda", False):
             gpu.after(matrix.kept)
     for index, (first, last) in enumerate(_ranges(offsets, rows.row_bytes)):
         memories, done = work.slots[index % 2]

@@ -230,6 +230,13 @@ static Result copy_later(Address to, Address from, size_t size, int down, Handle
     enqueue((Work){.kind = COPY, .stream = stream, .to = to, .from = from, .size = size, .down = down});
     return OK;
 }
+Result cuMemcpyDtoDAsync_v2(Address to, Address from, size_t size, Handle stream) {
+    IN_CONTEXT;
+    Result before = drain(stream, UINT64_MAX);
+    Block *a = find(on_device, to, size), *b = find(on_device, from, size);
+    if (before || !a || !b) return before ? before : INVALID_VALUE;
+    return memmove(a->bytes + (to - a->address), b->bytes + (from - b->address), size), OK;
+}
 Result cuMemcpyHtoDAsync_v2(Address to, const void *from, size_t size, Handle stream) {
     return copy_later(to, (Address)(uintptr_t)from, size, 0, stream);
 }
