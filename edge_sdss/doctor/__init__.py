@@ -66,6 +66,7 @@ def examine(tree: Tree, settings: Config) -> Diagnosis:
         ("backends", "numpy", software.numpy),
         ("backends", "torch", software.torch),
         ("backends", "cuda", software.cuda),
+        ("backends", "cuda kernels", software.kernels),
         ("model", "libraries", software.libraries),
         ("model", "weights", lambda: software.weights(settings.model.name)),
         ("targets", "targets", lambda: software.targets(image())),

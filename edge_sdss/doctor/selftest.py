@@ -147,7 +147,9 @@ def rows(result: Result) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         for t in result.benchmark
     }
     nothing = ("", "")
-    cells = [(*key, *checked.get(key, nothing), *timed.get(key, nothing)) for key in {**checked, **timed}]
+    cells: list[tuple[str, ...]] = [
+        (*key, *checked.get(key, nothing), *timed.get(key, nothing)) for key in {**checked, **timed}
+    ]
     return ("kernel", "type", "parity", "max error", "launch", "memory"), cells
 
 
