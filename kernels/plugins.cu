@@ -18,7 +18,7 @@
             return energy_of(x + row * d, d, lane);                                                          \
         });                                                                                                  \
     }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS_MAX)                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS_MAX, 4)                                             \
     plugin_centered_entropy_##NAME(const T* __restrict__ x, const float* __restrict__ means,                 \
                                    const long long* __restrict__ offsets, int b, int d,                      \
                                    float* __restrict__ out) {                                                \

@@ -1,8 +1,18 @@
 // EOE of each dialogue of a ragged batch: with w_i the energy of its i-th token (energy.cu) and Z = sum_i w_i,
-//     EOE = -sum_i p_i ln p_i / ln n,  p_i = w_i / Z
+//     EOE = -sum_i p_i ln p_i / ln n,  p_i = w_i / Z,  clipped to [0, 1]
+// 0 for a dialogue of no or one token and where every weight is 0; NaN where a weight is NaN or infinite.
+//
+// Traffic: ragged_entropy_f32 the energies once, one value in d of what their kernel read; ragged_token_entropy x once;
+// ragged_centered_entropy x once more than ragged_mean did, and the means from the caches for every row: a mean must
+// be complete before the first distance from it, so twice x is the least.
+//
+// Versions, as in energy.cu:
+//   1  weights in units of the largest, by division; logf. Its division spilled registers on sm_87.
+//   2  weights in units of a power of two: exact, no division. token 7.9 / 6.5 / 3.4 (PTX 8.5)
+//   3  ln by one lg2.approx of the mantissa instead of logf: error 1.0e-7 -> 1.6e-7            this file
+// A lane keeps every 32nd energy and takes its logarithm once; in every lane for every token it would be, by estimate,
+// 5 instructions an element more at d = 576.
 #include "energy.cuh"
-
-#define LN_2 0.6931471805599453f
 
 // Partial sums over weights in units of 2^e, e the exponent of the largest seen, so that nothing overflows and no large
 // terms cancel: with r = w / 2^e, z = sum r and s = sum r ln r; then -sum p ln p = ln z - s/z. Scaling by powers of two
@@ -24,13 +34,13 @@ struct Weights {
         const float r = weight * __uint_as_float((unsigned)(254 - exponent) << 23);
         if (r == 0.f) return;  // 0 ln 0 = 0
         z += r;
-        s = fmaf(r, logf(r), s);
+        s = fmaf(r, ln(r), s);
     }
 
-    __device__ __forceinline__ void merge_warp() {
-        rebase(warp_max(exponent));
-        z = warp_sum(z);
-        s = warp_sum(s);
+    // In lane 0, the sums of the whole warp.
+    __device__ __forceinline__ void merge_warp(int lane) {
+        rebase(__reduce_max_sync(ALL_LANES, exponent));
+        warp_sum_to_lane0(z, s, lane);
     }
 
     // In the first warp, the sums of the whole block.
@@ -38,7 +48,7 @@ struct Weights {
         __shared__ int exponents[WARPS_MAX];
         __shared__ float zs[WARPS_MAX], ss[WARPS_MAX];
         const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
-        merge_warp();
+        merge_warp(lane);
         if (lane == 0) { exponents[warp] = exponent; zs[warp] = z; ss[warp] = s; }
         __syncthreads();
         if (warp > 0) return;
@@ -46,13 +56,13 @@ struct Weights {
         exponent = one ? exponents[lane] : 1;
         z = one ? zs[lane] : 0.f;
         s = one ? ss[lane] : 0.f;
-        merge_warp();
+        merge_warp(lane);
     }
 
     // 0 for n < 2 and where every weight is 0; NaN stays.
     __device__ __forceinline__ float entropy(long long n) const {
         if (n < 2 || z == 0.f) return 0.f;
-        return clip01((logf(z) - s / z) / logf((float)n));
+        return clip01((ln(z) - s / z) / ln((float)n));
     }
 };
 
@@ -102,7 +112,7 @@ ragged_entropy_f32(const float* __restrict__ energy, const long long* __restrict
             return energy_of(x + row * d, d, lane);                                                          \
         });                                                                                                  \
     }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS_MAX)                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS_MAX, 4)                                             \
     ragged_centered_entropy_##NAME(const T* __restrict__ x, const float* __restrict__ means,                 \
                                    const long long* __restrict__ offsets, float* __restrict__ out, int b,    \
                                    int d) {                                                                  \

@@ -1,7 +1,13 @@
 // e(T) of each dialogue of a ragged batch: its mean (or last) token, then as a unit vector:
 //     ragged_mean:  mean[b] = sum_i x_i / n_b        ragged_last:  last[b] = the dialogue's last row
 //     normalise:    out[i]  = x_i / |x_i|, 0 where |x_i| is 0
-// An empty dialogue gives 0.
+// An empty dialogue gives 0. NaN and infinity go through.
+//
+// Traffic: ragged_mean x once and the means written; ragged_last one row a dialogue; normalise its rows twice, which
+// are few.
+//
+// A block takes 128 bytes of every row of a dialogue, so that one dialogue of d = 576 keeps 18 blocks busy; a block a
+// dialogue, or a thread a column over all rows, would leave most of the device idle at the usual batch of one.
 #include "warp.cuh"
 
 #define SECTION 8  // lanes that read 128 bytes of a row side by side
@@ -62,7 +68,7 @@ __device__ __forceinline__ void ragged_last(const T* x, const long long* offsets
 extern "C" __global__ void __launch_bounds__(THREADS_MAX)
 normalise_f32(const float* __restrict__ x, float* __restrict__ out, long long n, int d) {
     const int lane = threadIdx.x % LANES;
-    const long long row = ((long long)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
+    const long long row = (long long)blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;
     if (row >= n) return;
     float energy = 0.f;
     #pragma unroll 2

@@ -33,6 +33,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return value;
 }
 
+// log2(x) to 2^-22 for x in [0.5, 2].
+__device__ __forceinline__ float log2_fast(float x) {
+    float value;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+    return value;
+}
+
 // The larger of the two, NaN if either is; fmaxf would drop the NaN.
 __device__ __forceinline__ float max_or_nan(float a, float b) {
     float value;
@@ -45,28 +52,37 @@ __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(Half x) { return half_to_float(x.bits); }
 __device__ __forceinline__ float widen(BFloat x) { return __uint_as_float((unsigned)x.bits << 16); }
 
-template <class T> struct Vector { static constexpr int size = 16 / sizeof(T); };
+template <class T> struct Vector { enum { size = 16 / sizeof(T) }; };  // values in 16 bytes
 
 // 16 bytes from an aligned address, as float32.
 __device__ __forceinline__ void load16(const float* from, float* to) {
-    const float4 word = __ldg(reinterpret_cast<const float4*>(from));
+    const float4 word = *reinterpret_cast<const float4*>(from);
     to[0] = word.x; to[1] = word.y; to[2] = word.z; to[3] = word.w;
 }
 
 __device__ __forceinline__ void load16(const Half* from, float* to) {
-    const uint4 word = __ldg(reinterpret_cast<const uint4*>(from));
+    const uint4 word = *reinterpret_cast<const uint4*>(from);
     halves_to_floats(word.x, to[0], to[1]); halves_to_floats(word.y, to[2], to[3]);
     halves_to_floats(word.z, to[4], to[5]); halves_to_floats(word.w, to[6], to[7]);
 }
 
 __device__ __forceinline__ void load16(const BFloat* from, float* to) {
-    const uint4 word = __ldg(reinterpret_cast<const uint4*>(from));
+    const uint4 word = *reinterpret_cast<const uint4*>(from);
     const unsigned words[4] = {word.x, word.y, word.z, word.w};
     #pragma unroll
     for (int k = 0; k < 4; k++) {
         to[2 * k] = __uint_as_float(words[k] << 16);
         to[2 * k + 1] = __uint_as_float(words[k] & 0xffff0000u);
     }
+}
+
+#define LN_2 0.6931471805599453f
+
+// ln(x) to 2e-7 for normal x > 0, in a fifth of the instructions of logf; something finite for any other x.
+__device__ __forceinline__ float ln(float x) {
+    const int bits = __float_as_int(x), exponent = (bits - 0x3f400000) & 0xff800000;  // x = 2^e f, f in [0.75, 1.5)
+    const float e = (float)exponent * 1.1920929e-7f;                                  // 2^-23
+    return (e + log2_fast(__int_as_float(bits - exponent))) * LN_2;
 }
 
 template <class T> __device__ __forceinline__ bool aligned16(const T* p) {
@@ -79,40 +95,47 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
-template <class Number> __device__ __forceinline__ Number warp_max(Number x) {
+__device__ __forceinline__ float warp_max(float x) {  // NaN counts as some number
+    const int bits = __float_as_int(x), ordered = bits ^ (bits >> 31 & 0x7fffffff);
+    const int most = __reduce_max_sync(ALL_LANES, ordered);
+    return __int_as_float(most ^ (most >> 31 & 0x7fffffff));
+}
+
+// Two sums for little more than one: half the lanes go on with x, half with y. Lane 0 gets both.
+__device__ __forceinline__ void warp_sum_to_lane0(float& x, float& y, int lane) {
+    const bool low = lane < LANES / 2;
+    const float kept = low ? x : y, given = low ? y : x;
+    float sum = kept + __shfl_xor_sync(ALL_LANES, given, LANES / 2);
     #pragma unroll
-    for (int step = LANES / 2; step > 0; step /= 2) x = max(x, __shfl_xor_sync(ALL_LANES, x, step));
-    return x;
+    for (int step = LANES / 4; step > 0; step /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
+    x = sum;
+    y = __shfl_xor_sync(ALL_LANES, sum, LANES / 2);
 }
 
 // Hands a row of d values to `absorb(values)`, each value to one lane of the warp: scalars up to the first 16-byte
 // boundary, tiles of 16 values in 16-byte loads, single 16-byte loads, scalars at the end.
 template <class T, class Absorb>
 __device__ __forceinline__ void read_row(const T* row, int d, int lane, Absorb absorb) {
-    constexpr int V = Vector<T>::size, TILE = 16 / V;
+    constexpr int V = Vector<T>::size, PER_TILE = 16 / V;
     const int head = min(d, (int)((-reinterpret_cast<size_t>(row) & 15) / sizeof(T)));
-    const int vectors = (d - head) / V, tail = head + vectors * V;
-    const T* body = row + head;
-    int first = 0;
+    const int tail = (unsigned)(d - head) % V;
+    int left = (unsigned)(d - head) / V;  // 16-byte vectors
+    const T* from = row + head + lane * V;
     #pragma unroll 1
-    for (; first + TILE * LANES <= vectors; first += TILE * LANES) {
-        float values[TILE * V];
+    for (; left >= PER_TILE * LANES; left -= PER_TILE * LANES, from += 16 * LANES) {
+        float values[16];
         #pragma unroll
-        for (int k = 0; k < TILE; k++) load16(body + (first + k * LANES + lane) * V, values + k * V);
+        for (int k = 0; k < PER_TILE; k++) load16(from + k * LANES * V, values + k * V);
         absorb(values);
     }
     #pragma unroll 1
-    for (int i = first + lane; i < vectors; i += LANES) {
+    for (; left > lane; left -= LANES, from += LANES * V) {
         float values[V];
-        load16(body + i * V, values);
+        load16(from, values);
         absorb(values);
     }
-    if (lane < head) {
-        float values[1] = {widen(row[lane])};
-        absorb(values);
-    }
-    if (tail + lane < d) {
-        float values[1] = {widen(row[tail + lane])};
+    if (lane < head + tail) {  // fewer than 16
+        float values[1] = {widen(row[lane < head ? lane : d - tail - head + lane])};
         absorb(values);
     }
 }
@@ -123,13 +146,15 @@ __device__ __forceinline__ void read_rows(const T* row, const U* other, int d, i
     constexpr int V = Vector<T>::size, W = Vector<U>::size;
     int done = 0;
     if (aligned16(row) && aligned16(other)) {
-        done = d / V * V;
+        done = d - (unsigned)d % V;
+        const T* from = row + lane * V;
+        const U* other_from = other + lane * V;
         #pragma unroll 2
-        for (int i = lane * V; i < done; i += LANES * V) {
+        for (; from < row + done; from += LANES * V, other_from += LANES * V) {
             float x[V], y[V];
-            load16(row + i, x);
+            load16(from, x);
             #pragma unroll
-            for (int k = 0; k < V; k += W) load16(other + i + k, y + k);
+            for (int k = 0; k < V; k += W) load16(other_from + k, y + k);
             #pragma unroll
             for (int k = 0; k < V; k++) absorb(x[k], y[k]);
         }

@@ -23,9 +23,11 @@ TOLERANCE = 1e-6
 # Rows and columns: one, odd, around a warp, around 16-byte vectors and their tiles, sizes of models, a vocabulary.
 SHAPES = [(1, 1), (1, 2), (3, 5), (17, 7), (2, 31), (9, 33), (5, 127), (4, 128), (3, 129), (1, 513), (8, 576)]
 SHAPES += [(3, 768), (2, 2048), (1, 4099), (1, 50257)]
-# Tokens of each dialogue: none, one, empty ones between, more than a block has warps, more than it has lanes.
-LENGTHS = [[0], [1], [2], [0, 1, 2, 0], [33, 0, 7], [9, 8, 300], [1000]]
-WIDTHS = [1, 5, 8, 33, 64, 576]
+# (tokens of each dialogue, columns, threads of a block): none, one, empty ones between, more tokens than a block has
+# warps, more than 32 for each of its warps; odd, narrow and aligned rows.
+DIALOGUES = [([0], 5, 64), ([1], 33, 256), ([2], 1, 64), ([2], 576, 256), ([0, 1, 2, 0], 8, 64)]
+DIALOGUES += [([0, 1, 2, 0], 33, 128), ([33, 0, 7], 5, 64), ([33, 0, 7], 576, 256), ([9, 8, 70], 64, 64)]
+DIALOGUES += [([9, 8, 70], 33, 256), ([150], 1, 64), ([150], 8, 64), ([300], 64, 256), ([5, 1], 2048, 64)]
 
 
 @dataclass(frozen=True)
@@ -173,16 +175,13 @@ def peculiar(d: int) -> Array:
 
 def dialogues(kind: str, seed: int, offset: float = 0.5) -> Iterator[tuple[str, Array, int, int, int, Array, Array]]:
     """(about, offsets, d, shift, block, raw, values in float64): ragged batches with a common part in every token."""
-    shifts = itertools.cycle([0, 0, BYTES[kind], 16])
-    blocks = itertools.cycle([256, 64, 128])
-    for number, (lengths, d) in enumerate(itertools.product(LENGTHS, WIDTHS)):
-        if sum(lengths) * d > 200_000:
-            continue
+    shifts = itertools.cycle([0, BYTES[kind], 0, 16, 3 * BYTES[kind]])
+    for number, (lengths, d, block) in enumerate(DIALOGUES):
         n = sum(lengths)
         loud = np.random.default_rng(number).exponential(size=(n, 1)).astype(np.float32)
         raw, x = stored(normal((n, d), seed + number) * loud + offset * normal((1, d), 1), kind)
         offsets = np.cumsum([0, *lengths], dtype=np.int64)
-        yield f"tokens {lengths} x {d}", offsets, d, next(shifts), next(blocks), raw, x
+        yield f"tokens {lengths} x {d}", offsets, d, next(shifts), block, raw, x
 
 
 def parts(offsets: Array) -> list[slice]:
@@ -213,7 +212,7 @@ def centered_energy(kind: str) -> Iterator[Case]:
 
 def ragged_entropy(_: str) -> Iterator[Case]:
     random = np.random.default_rng(3)
-    for number, lengths in enumerate([*LENGTHS, [5000]]):
+    for number, lengths in enumerate([[0], [1], [0, 1, 2, 0], [9, 8, 300], [5000]]):
         offsets, block = np.cumsum([0, *lengths], dtype=np.int64), (256, 64, 32)[number % 3]
         for about, scale in (("plain", 1.0), ("huge", 1e35), ("tiny", 1e-37)):
             weights = (random.exponential(size=sum(lengths)) ** 3 * scale).astype(np.float32)

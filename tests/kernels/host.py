@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-
 from cases import Buffer, Case
 
 HERE = Path(__file__).resolve().parent / "cpu"

@@ -110,10 +110,18 @@ inline void __syncthreads() { cuda_on_cpu::sync_block(); }
 template <class Value> Value __shfl_xor_sync(unsigned mask, Value value, int by) {
     return cuda_on_cpu::exchange(mask, value, by);
 }
-template <class Value> Value __ldg(const Value* from) { return *from; }
+inline int __reduce_max_sync(unsigned mask, int value) {
+    for (int by = 16; by > 0; by /= 2) {
+        const int other = cuda_on_cpu::exchange(mask, value, by);
+        value = other > value ? other : value;
+    }
+    return value;
+}
 
 inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
+inline float __int_as_float(int bits) { return __uint_as_float((unsigned)bits); }
+inline int __float_as_int(float x) { return (int)__float_as_uint(x); }
 inline float max(float a, float b) { return fmaxf(a, b); }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline int min(int a, int b) { return a < b ? a : b; }
@@ -130,4 +138,5 @@ inline void halves_to_floats(unsigned pair, float& low, float& high) {
     high = half_to_float(pair >> 16);
 }
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float log2_fast(float x) { return log2f(x); }
 inline float max_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : fmaxf(a, b); }

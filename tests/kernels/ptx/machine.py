@@ -37,6 +37,7 @@ from ptx.shared import Shared
 Array = npt.NDArray[Any]
 LANES = 32
 MOST_THREADS = 1 << 15  # at once; larger grids are run in parts
+AMONG_LANES = ("shfl.", "redux.")
 BRANCHES = ("bra", "bra.uni", "ret", "exit")
 
 
@@ -165,7 +166,7 @@ class Machine:
         for place in np.unique(self.at[runnable]).tolist():
             here = runnable & (self.at == place)
             instruction = self.program.instructions[place]
-            if instruction.opcode.startswith("shfl.sync"):
+            if instruction.opcode.startswith(AMONG_LANES):
                 here = np.repeat(here.reshape(-1, LANES).all(axis=1), LANES)
             if here.any():
                 return place, here
@@ -210,6 +211,8 @@ class Machine:
             self.waiting |= self.active
         elif opcode.startswith("shfl.sync."):
             self._shuffle(opcode, *operands)
+        elif opcode.startswith("redux.sync."):
+            self._reduce(opcode, *operands)
         elif any(isinstance(operand, tuple) and type(operand) is tuple for operand in operands) and opcode == "mov.b32":
             self._pack(*operands)
         elif operation := OPS.get(opcode):
@@ -218,8 +221,9 @@ class Machine:
                 raise PtxError("another number of operands than known")
             result = function(*(self._read(o, kind) for o, kind in zip(operands[1:], kinds, strict=True)))
             if ".approx" in opcode and self.ulps:
+                scale = np.maximum(np.abs(result), 1) if opcode.startswith("lg2") else result
                 error = self.random.uniform(-self.ulps, self.ulps, np.shape(result)) * 2.0**-23
-                result = (result * (1 + error)).astype(np.float32)
+                result = (result + scale * error).astype(np.float32)
             self._write(operands[0], result, to)
         elif move := _MOVES.get(opcode):
             move(self, *operands)
@@ -246,6 +250,12 @@ class Machine:
             self._write(to.valid, np.True_, "pred")  # a partner in 0..31 is always there
             to = to.value
         self._write(to, np.broadcast_to(values, self.count)[source], "b32")
+
+    def _reduce(self, opcode: str, to: Operand, value: Operand, mask: Operand) -> None:
+        if opcode != "redux.sync.max.s32" or not self._uniform(mask, 0xFFFFFFFF):
+            raise PtxError(f"unknown instruction {opcode}, or among fewer lanes than 32")
+        values = np.broadcast_to(self._read(value, "s32"), self.count).reshape(-1, LANES)
+        self._write(to, np.repeat(values.max(axis=1), LANES), "s32")
 
     def _pack(self, to: Operand, value: Operand) -> None:
         """mov.b32 {low, high}, r  and  mov.b32 r, {low, high}."""
@@ -368,7 +378,7 @@ def _ends(program: Program) -> dict[int, int]:
     for number, instruction in enumerate(program.instructions):
         if instruction.opcode in BRANCHES or instruction.opcode.startswith("bar."):
             starts.add(number + 1)
-        if instruction.opcode.startswith("shfl."):
+        if instruction.opcode.startswith(AMONG_LANES):
             starts |= {number, number + 1}
     ordered = sorted(start for start in starts if start < size)
     return {a: b - 1 for a, b in zip(ordered, [*ordered[1:], size], strict=True)}

@@ -92,6 +92,7 @@ def floating() -> dict[str, Op]:
         "sqrt.rn.f32": (f, (f,), np.sqrt),
         "rcp.rn.f32": (f, (f,), lambda x: np.float32(1) / x),
         "ex2.approx.ftz.f32": (f, (f,), lambda x: flush(np.exp2(flush(x)))),
+        "lg2.approx.ftz.f32": (f, (f,), lambda x: np.log2(flush(x))),
     }
     for name, function in {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}.items():
         ops[f"{name}.rn.f32"] = (f, (f, f), function)

@@ -134,7 +134,7 @@ def _header(match: re.Match[str], target: str) -> Program:
             raise PtxError(f"unknown parameter: {declared!r}")
         kinds[parts[2]] = parts[1]
     directives = match[3].strip()
-    limit = re.fullmatch(r"(?:\.maxntid\s+(\d+)(?:, 1, 1)?)?", directives)
+    limit = re.fullmatch(r"(?:\.maxntid\s+(\d+)(?:, 1, 1)?)?(?:\s*\.minnctapersm \d+)?", directives)
     if limit is None:
         raise PtxError(f"unknown directive of an entry: {directives!r}")
     return Program(match[1], target, kinds, int(limit[1] or 1024))
