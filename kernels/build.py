@@ -65,6 +65,7 @@ def sources(kernel: str) -> dict[str, bytes]:
 
 
 def source_hash(kernel: str) -> str:
+    """SHA-256 of a kernel's sources."""
     digest = hashlib.sha256()
     for name, text in sources(kernel).items():
         digest.update(f"{name}\0{len(text)}\0".encode() + text)
@@ -73,12 +74,13 @@ def source_hash(kernel: str) -> str:
 
 def elf_abi(image: bytes) -> int:
     """The ABI version in the head of a cubin."""
-    if image[:4] != b"\x7fELF":
+    if image[:4] != b"\x7fELF" or len(image) < 16:
         raise BuildError("not an ELF file")
     return image[8]
 
 
 def ptx_version(text: str) -> str:
+    """The version of the language in the head of PTX."""
     match = re.search(r"^\.version (\d+\.\d+)$", text, re.M)
     if match is None:
         raise BuildError("no PTX version")
@@ -97,6 +99,7 @@ def nvcc() -> str:
 
 
 def nvcc_version() -> str:
+    """As "nvcc 13.0.88"."""
     text = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
     return f"nvcc {text.split('release ')[1].split(', V')[1].split()[0]}"
 
@@ -160,11 +163,13 @@ def _nvrtc_bytes(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> b
 
 
 def build_jetpack6(kernel: str, out: Path) -> None:
+    """A kernel's images for the driver of CUDA 12.6."""
     (out / f"{kernel}.cubin").write_bytes(compile_nvrtc(kernel, "sm_87"))
     (out / f"{kernel}.ptx").write_bytes(compile_nvrtc(kernel, "compute_87"))
 
 
 def build_jetpack7(kernel: str, out: Path) -> None:
+    """A kernel's images for the driver of CUDA 13.0."""
     compile_nvcc(kernel, out / f"{kernel}.fatbin", "-fatbin", "-compress-mode=size", *FATBIN)
     compile_nvcc(kernel, out / f"{kernel}.ptx", "-ptx", "-arch=compute_110")
 
@@ -224,6 +229,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def main() -> int:
+    """Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="build twice and compare; write nothing")
     arguments = parser.parse_args()

@@ -27,7 +27,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests" / "kernels"))
 
-import cases  # noqa: E402
+import kernel_cases as cases  # noqa: E402
 from ptx import Memory, run  # noqa: E402
 
 REPORT = HERE / "REPORT.md"
@@ -212,8 +212,9 @@ def text() -> str:
         lines.append(f"| `{entry}` | {facts[0].shared} | {' | '.join(cells)} |")
     lines += ["", "## Executed", ""]
     lines += [
-        f"Dynamic PTX instructions per element of {TOKENS} rows (of a pairwise product: per multiply-add of 32 x 32 rows), "
-        "the idle lanes of a warp counted as busy. *Read*: bytes read of what passes through once, as a share of its size.",
+        f"Dynamic PTX instructions per element of {TOKENS} rows (of a pairwise product: per multiply-add of 32 x 32 "
+        "rows), the idle lanes of a warp counted as busy. *Read*: bytes read of what passes through once, as a share "
+        "of its size.",
         "",
         "| kernel | limit | " + " | ".join(f"{d}, PTX {v}" for v in ("8.5", "9.0") for d in WIDTHS) + " | read |",
         "|---|---:|" + "---:|" * (2 * len(WIDTHS) + 1),

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from cases import Buffer, Case
+from kernel_cases import Buffer, Case
 
 HERE = Path(__file__).resolve().parent / "cpu"
 KERNELS = HERE.parents[2] / "kernels"
@@ -72,10 +72,10 @@ def _launch(case: Case) -> bytes:
     return b"".join(parts)
 
 
-def check(program: Path, cases: Iterable[Case], tolerance: float) -> float:
+def check(program: Path, cases: Iterable[Case], tolerance: float, timeout_s: float = 280) -> float:
     """Runs the cases; returns the largest error. Raises Found also where it is above the tolerance."""
     listed = list(cases)
-    run(program, listed)
+    run(program, listed, timeout_s)
     worst = max(listed, key=Case.error)
     if not worst.error() <= tolerance:
         raise Found(f"{worst.entry}, {worst.about}: error {worst.error():.2g}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import importlib.util
 import json
@@ -64,12 +65,37 @@ def test_the_host_code_over_the_fake_driver(built):
 
 
 def test_without_a_driver_the_way_out_is_told(built):
-    code = "from edge_sdss.cli import main; main()"
-    done = child("-c", code, "observe", "--backend", "cuda", "--help")
-    assert "cuda" in done.stdout
     found = child("-c", "from edge_sdss import backends; backends.load('cuda')", path=[built[0]])
     assert "use backend 'cuda': there is no NVIDIA driver (libcuda) here" in found.stderr
     assert "choose --backend auto, torch or numpy." in found.stderr
+
+
+def test_observe_with_the_cuda_backend_scores_as_with_numpy(built, tmp_path):
+    from tiny import tiny_model
+
+    from edge_sdss import config
+    from edge_sdss.store import Store
+
+    (tmp_path / "tiny").mkdir()
+    model, stream = tiny_model(tmp_path / "tiny"), tmp_path / "stream.jsonl"
+    turns = [("user", "my knee hurts when I run uphill"), ("assistant", "rest it for a week, then walk first")]
+    said = json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]})
+    stream.write_text(said + "\n", encoding="utf-8")
+    code = "import device; from edge_sdss.cli import main; main()"
+    scores = {}
+    for backend in ("numpy", "cuda"):
+        home = tmp_path / backend
+        arguments = "observe", str(stream), "--backend", backend, "--model", str(model), "--home", str(home)
+        done = child("-c", code, *arguments, path=(HERE, HERE / "fake_driver"), EDGE_SDSS_FAKE="12060,8,7,8000000000")
+        assert done.returncode == 0, done.stderr[-3000:]
+        with contextlib.closing(Store(home / "edge_sdss.db", config.Store())) as store:
+            (kept,) = store.exemplars().values()
+            scores[backend] = kept.eoe
+    assert 0 < scores["cuda"] < 1
+    assert scores["cuda"] == pytest.approx(scores["numpy"], abs=1e-6)
+    refused = child("-m", "edge_sdss", *arguments, path=[built[0]])
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("edge-sdss: use backend 'cuda': there is no NVIDIA driver")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pycuda") is not None, reason="PyCUDA is installed here")

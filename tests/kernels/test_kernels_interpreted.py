@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cases import ENTRIES, TOLERANCE, Buffer, Case
+from kernel_cases import ENTRIES, TOLERANCE, Buffer, Case
 from ptx import Counts, Memory, entries, run
 
 IMAGES = Path(__file__).resolve().parents[2] / "kernels" / "images"
 JETPACKS = ("jetpack6", "jetpack7")
-# What the hardware's own approximations may be off by, in units of the last place (CUDA's manual: 2 for exp2).
+# What the hardware's own approximations may be off by, in units of the last place (CUDA's manual: 2 for exp2), and what
+# the entropies may then be off by.
 APPROXIMATE = 2
+TOLERANCE_ON_HARDWARE = 2e-6
 
 
 def ptx(jetpack: str, source: str) -> str:
@@ -46,11 +48,11 @@ def test_the_grid_reaches_every_entry(jetpack):
     assert found == set(ENTRIES)
 
 
-@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if entry.startswith("row_entropy")])
+@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if "entropy" in entry])
 def test_the_error_holds_where_the_hardware_approximates(entry):
     source, cases = ENTRIES[entry]
     text = ptx("jetpack7", source)
-    assert "ex2.approx" in text
+    assert "lg2.approx" in text
     for case in cases():
         launch(text, case, APPROXIMATE)
-        assert case.error() <= TOLERANCE, f"{case.about}: error {case.error():.2g}"
+        assert case.error() <= TOLERANCE_ON_HARDWARE, f"{case.about}: error {case.error():.2g}"

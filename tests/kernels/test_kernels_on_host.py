@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import host
 import pytest
-from cases import ENTRIES, TOLERANCE
+from kernel_cases import ENTRIES, TOLERANCE
 
 needs_compiler = pytest.mark.skipif(host.compiler() is None, reason="g++ with C++20 is not here")
 

@@ -39,6 +39,7 @@ def launch(body: str, n: int = 0, threads: int = 32, shared: str = "", size: int
         ("mov.b32 %f1, 0f7FC00000; setp.ltu.f32 %p1, %f1, 0f3F800000; selp.u32 %r3, 1, 2, %p1;", 1),
         ("mov.f32 %f1, 0f7FC00000; max.f32 %f2, %f1, 0f3F800000; mov.b32 %r3, %f2;", 0x3F800000),
         ("{ .reg .b16 l, h; mov.u32 %r4, 0x12345678; mov.b32 {l, h}, %r4; mov.b32 %r3, {h, l}; }", 0x56781234),
+        ("mov.u64 %rd5, 0x1FFFFFFFE; cvt.s64.s32 %rd5, %rd5; neg.s64 %rd5, %rd5; cvt.u32.u64 %r3, %rd5;", 2),
         ("mov.b32 {%rs1, %rs2}, 0x3C00; cvt.f32.f16 %f1, %rs1; mov.b32 %r3, %f1;", 0x3F800000),
     ],
 )

@@ -219,7 +219,8 @@ class Machine:
             to, kinds, function = operation
             if len(operands) != len(kinds) + 1:
                 raise PtxError("another number of operands than known")
-            result = function(*(self._read(o, kind) for o, kind in zip(operands[1:], kinds, strict=True)))
+            low = opcode.startswith("cvt.")  # takes the low bits of a wider register
+            result = function(*(self._read(o, kind, low) for o, kind in zip(operands[1:], kinds, strict=True)))
             if ".approx" in opcode and self.ulps:
                 scale = np.maximum(np.abs(result), 1) if opcode.startswith("lg2") else result
                 error = self.random.uniform(-self.ulps, self.ulps, np.shape(result)) * 2.0**-23
@@ -321,12 +322,14 @@ class Machine:
     def _thread(self) -> Array:
         return self.lanes % self.threads
 
-    def _read(self, operand: Operand, kind: str) -> Any:
+    def _read(self, operand: Operand, kind: str, low: bool = False) -> Any:
         dtype = np.dtype(DTYPES[kind])
         if isinstance(operand, Register):
             if operand.name not in self.registers:
                 raise PtxError(f"{operand.name} is read before it is written")
             register = self.registers[operand.name]
+            if low and register.dtype.itemsize > dtype.itemsize:
+                register = register.astype(f"u{dtype.itemsize}")
             if register.dtype.itemsize != dtype.itemsize or (register.dtype == np.bool_) != (dtype == np.bool_):
                 raise PtxError(f"{operand.name} is no register for {kind}")
             return register.view(dtype)
