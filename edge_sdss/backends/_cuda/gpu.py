@@ -7,6 +7,7 @@ nothing of scores.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -33,7 +34,9 @@ def _opened(index: int) -> Gpu:
     asked = "use backend 'cuda'"
     other = "choose --backend auto, torch or numpy"
     try:
-        import pycuda.driver as driver
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyCUDA warns of what it then raises
+            import pycuda.driver as driver
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name in ("pycuda", "pytools", "mako"):
             do = f"pip install 'edge_sdss[cuda]' where CUDA is, or {other}"
