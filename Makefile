@@ -14,7 +14,7 @@ NEW_ENOUGH := import sys; sys.version_info < (3, 10) and sys.exit("Python 3.10 o
 INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test check test-core bench clean
+.PHONY: help demo test check test-core bench kernels clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | awk -F '\t' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -38,6 +38,11 @@ test-core: ## run the tests that need no torch, in a small environment of its ow
 
 bench: $(VENV)/.dev ## run the benchmarks; each appends to benchmarks/results
 	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python "$$file"; done
+
+kernels: $(VENV)/.dev ## build the CUDA kernels ahead of time and count what they cost; needs nvcc 13.0
+	$(BIN)/python kernels/build.py
+	$(BIN)/python kernels/report.py
+	$(BIN)/python tests/kernels/faults.py
 
 clean: ## remove the environments and everything that was built
 	rm -rf .venv .venv-core-* demo-out build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -154,6 +154,11 @@ def compare(
 def doctor(
     root: Annotated[Path | None, typer.Option("--root", help="Where /sys and /proc are, as in a container.")] = None,
     replay: Annotated[Path | None, typer.Option("--replay", help="Examine a recorded board.")] = None,
+    selftest: Annotated[
+        bool, typer.Option("--selftest", help="Check and measure the CUDA kernels on this device.")
+    ] = False,
+    out: Annotated[Path, typer.Option("--out", help="With --selftest: the result's file.")] = Path("selftest.json"),
+    overwrite: Overwrite = False,
     settings_file: Settings = None,
     set_: Set = None,
     json_: Json = False,
@@ -161,11 +166,15 @@ def doctor(
     """Say what this board is, and of each sensor, backend and target: usable, or why not and how to mend it.
 
     Holds no serial numbers, names of users or hosts. Exit 1 where the main loop cannot run here.
-    Example: edge-sdss doctor
+    With --selftest: exit 1 where a kernel disagrees with NumPy, 2 without a driver.
+    Examples: edge-sdss doctor; edge-sdss doctor --selftest --out orin-nano.json
     """
     from edge_sdss import doctor as examining
     from edge_sdss.tree import Tree
 
+    if selftest:
+        _selftest(Tree(root) if root else Tree(), out, overwrite, json_)
+        return
     tree = Tree.of(replay) if replay else Tree(root) if root else Tree()
     found = examining.examine(tree, options.settings(settings_file, set_, {}))
     if json_:
@@ -174,4 +183,26 @@ def doctor(
         columns, rows = examining.rows(found)
         console.table("", columns, rows)
     if not found.usable:
+        raise typer.Exit(1)
+
+
+def _selftest(tree: Tree, out: Path, overwrite: bool, json_: bool) -> None:
+    from edge_sdss import files
+    from edge_sdss.doctor import selftest
+
+    if out.exists() and not overwrite:
+        raise InputError(message(f"write {out}", "it is there already", "choose another --out or pass --overwrite"))
+    with console.progress() as progress:
+        result = selftest.run(tree, progress)
+    files.replace(out, result.model_dump_json(indent=1) + "\n")
+    if json_:
+        console.emit(result.model_dump(mode="json"), True)
+    else:
+        columns, rows = selftest.rows(result)
+        title = f"{result.device.name}, sm_{result.device.compute_capability.replace('.', '')}"
+        console.table(title, columns, rows)
+    if result.device.interpreted:
+        console.note("INTERPRETED on a CPU: this says nothing of a device.")
+    console.note(f"{out} can be sent in; it names the device, its software and these figures, nothing else.")
+    if not result.passed:
         raise typer.Exit(1)

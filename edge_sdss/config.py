@@ -51,7 +51,7 @@ class Selection(_Section):
     """The scores and the replacement rule (paper, section 3.1)."""
 
     policy: str = "sdss"
-    backend: Literal["auto", "numpy", "torch"] = "auto"
+    backend: Literal["auto", "numpy", "torch", "cuda"] = "auto"
     eoe: EoeVariant = "centered"
     pooling: Literal["mean", "last"] = "mean"
     text: Literal["dialogue", "prompt"] = "dialogue"

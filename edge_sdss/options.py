@@ -36,7 +36,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew where -
 Policy = Annotated[str | None, typer.Option("--policy", help="Which dialogues are kept.")]
 Bins = Annotated[int | None, typer.Option("--bins", help="Entries of the buffer.")]
 MaxBytes = Annotated[int | None, typer.Option("--max-bytes", help="Bytes of the buffer.")]
-Backend = Annotated[str | None, typer.Option("--backend", help="auto, numpy or torch.")]
+Backend = Annotated[str | None, typer.Option("--backend", help="auto, numpy, torch or cuda.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every draw.")]
 TrainOn = Annotated[str | None, typer.Option("--train-on", help="accepted (what the user approved) or all.")]
 

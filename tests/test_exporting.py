@@ -19,6 +19,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx_ir")
 pytest.importorskip("optimum.exporters.onnx")
 
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
@@ -26,9 +27,10 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_model
 
+from edge_sdss.backends import numpy as numpy_backend
 from edge_sdss.bundles import Graph, adapters, checks, peft, probe
 from edge_sdss.errors import BackendUnavailable, ExportError, ParityError
-from edge_sdss.exporting import graphs, parity, portable
+from edge_sdss.exporting import graphs, parity, portable, scoring
 from edge_sdss.exporting import quantize as q
 from edge_sdss.exporting.merge import merged
 from edge_sdss.exporting.ways import GraphModel, of_peft, of_torch
@@ -157,6 +159,22 @@ def test_the_hidden_state_is_the_one_after_the_final_norm(folder: Path, export: 
     np.testing.assert_allclose(GraphModel(out, graph).hidden_states(IDS), expected, atol=1e-5)
     assert graph.hidden_states
     assert graph.width == expected.shape[1]
+
+
+def test_selections_scores_come_out_of_the_same_run(export: Any, tmp_path: Path) -> None:
+    out, graph = export()
+    model = scoring.behind(onnx.load(out / "model.onnx"), graph.width, "centered")
+    onnx.save(scoring.reference(model), tmp_path / "model.onnx")
+    with_scores = GraphModel(tmp_path, graph)
+    rows, offsets = GraphModel(out, graph).hidden_states(IDS), np.array([1, len(IDS)], dtype=np.int64)
+    means = np.random.default_rng(0).normal(size=(2, graph.width)).astype(np.float32) / graph.width**0.5
+    feed = with_scores._feed(IDS, with_scores._empty(), None, len(IDS))
+    feed.update(score_offsets=offsets, domain_means=means, domain=np.array([1], dtype=np.int32))
+    eoe, embedding, distance = with_scores.session.run(list(scoring.OUTPUTS), feed)
+    unit = numpy_backend.pool(rows, offsets, "mean")
+    np.testing.assert_allclose(eoe, numpy_backend.entropy(rows, offsets, "centered"), atol=1e-6)
+    np.testing.assert_allclose(embedding, unit, atol=1e-6)
+    np.testing.assert_allclose(distance, numpy_backend.dissimilarity(unit, means[1:]), atol=1e-6)
 
 
 def test_what_a_runtime_must_know_fits_the_graph(folder: Path, export: Any) -> None:

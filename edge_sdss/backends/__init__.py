@@ -5,12 +5,14 @@
     dissimilarity(vectors, means)       1 - cos, clipped to [0, 1]
 
 `numpy` is the reference. A backend that was asked for by name and is not here raises;
-`auto` takes the one that lies where the embeddings are.
+`auto` takes the one that lies where the embeddings are: on a GPU `cuda`, and where that cannot be, `torch`.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,8 +21,17 @@ import numpy.typing as npt
 from edge_sdss.config import EoeVariant
 from edge_sdss.errors import BackendUnavailable, message
 
-NAMES = ("numpy", "torch")
+NAMES = ("numpy", "torch", "cuda")
 HISTOGRAM_BINS = 100
+
+
+_PACKAGE = Path(__file__).parent.parent
+
+
+def kernels() -> Path:
+    """Where the CUDA sources and their images are: inside of an installed package, or beside it in a checkout."""
+    inside = _PACKAGE / "_kernels"
+    return inside if inside.is_dir() else _PACKAGE.parent / "kernels"
 
 
 class Backend(Protocol):
@@ -42,12 +53,12 @@ class Backend(Protocol):
 
 
 def load(name: str, device: str = "cpu") -> Backend:
-    """Returns the backend `name`; `auto` is torch where the model runs on a GPU, else numpy.
+    """Returns the backend `name`; `auto` goes by the `device` of the model: numpy on a CPU, on a GPU cuda or torch.
 
-    Raises BackendUnavailable for an unknown name or a missing library.
+    Raises BackendUnavailable for an unknown name, a missing library, or a missing device.
     """
     if name == "auto":
-        name = "numpy" if device == "cpu" else "torch"
+        return _auto(device)
     if name not in NAMES:
         raise BackendUnavailable(message(f"use backend {name!r}", "no such backend", f"choose {', '.join(NAMES)}"))
     try:
@@ -55,4 +66,16 @@ def load(name: str, device: str = "cpu") -> Backend:
     except ImportError as error:
         do = "pip install 'edge_sdss[train]' or choose --backend numpy"
         raise BackendUnavailable(message(f"use backend {name!r}", str(error), do)) from error
+    if hasattr(module, "ready"):
+        module.ready()
     return module  # type: ignore[no-any-return]
+
+
+def _auto(device: str) -> Backend:
+    if not device.startswith("cuda"):
+        return load("numpy" if device == "cpu" else "torch")
+    try:
+        return load("cuda")
+    except BackendUnavailable as error:
+        logging.getLogger(__name__).warning("auto takes the torch backend: %s", error)
+        return load("torch")

@@ -19,7 +19,7 @@ from edge_sdss.bundles.recipes import Recipe
 from edge_sdss.bundling import probing
 from edge_sdss.bundling.agreement import Stages, of_engine, texts
 from edge_sdss.errors import BackendUnavailable, ExportError, InputError, message
-from edge_sdss.exporting import fast, genai_config, onnx, parity, portable, tensorrt
+from edge_sdss.exporting import fast, genai_config, onnx, parity, portable, scoring, tensorrt
 from edge_sdss.exporting.fast_decoder import Options
 from edge_sdss.lm import loading
 from edge_sdss.lm.chat import Chat
@@ -70,7 +70,9 @@ def bundle(
         job = _Job(folder, recipe, staged, merge, given, trust, beyond_limits, progress)
         manifest = job.run(_name(settings), active or (next(iter(given)) if len(given) == 1 else None))
         if recipe.providers[0].name == "tensorrt":
-            tensorrt.write(staged, staged / ENGINE, recipe.shapes, board=board)
+            eoe: scoring.Variant = "token" if config.Selection().eoe == "token" else "centered"
+            scores = eoe if manifest.graph.hidden_states else None
+            tensorrt.write(staged, staged / ENGINE, recipe.shapes, board=board, scores=scores)
         bundles.verify(staged)
     return manifest
 

@@ -1,10 +1,12 @@
 """What this machine is and what works on it: each part usable, or why not and how to mend it.
 
 Meant to be pasted into an issue: no serial numbers, names of users or hosts. Never raises: a probe that fails
-becomes a check that says how. Measures nothing and changes nothing.
+becomes a check that says how. The examination measures nothing and changes
+nothing; the self-test measures.
 
     machine.py   board, memory, power mode, disks, sensors, tools
     software.py  Python, packages, the Jetson's image, backends, model, targets
+    selftest.py  the CUDA kernels on this device: parity, and a small benchmark
 """
 
 from __future__ import annotations
@@ -64,6 +66,7 @@ def examine(tree: Tree, settings: Config) -> Diagnosis:
         ("backends", "numpy", software.numpy),
         ("backends", "torch", software.torch),
         ("backends", "cuda", software.cuda),
+        ("backends", "cuda kernels", software.kernels),
         ("model", "libraries", software.libraries),
         ("model", "weights", lambda: software.weights(settings.model.name)),
         ("targets", "targets", lambda: software.targets(image())),

@@ -10,7 +10,7 @@ from typing import Any
 import edge_sdss
 from edge_sdss import jetpack
 from edge_sdss.doctor._finding import TRAIN, Finding, imported, line, parts, version
-from edge_sdss.errors import EdgeSdssError
+from edge_sdss.errors import BackendUnavailable, EdgeSdssError
 
 CORE = ("click", "empath", "jinja2", "numpy", "platformdirs", "psutil", "pydantic", "rich", "typer")
 MODEL = ("torch", "transformers", "peft", "tokenizers", "safetensors")
@@ -80,6 +80,20 @@ def cuda() -> Iterator[Finding]:
     else:
         major, minor = found.cuda.get_device_capability()
         yield "cuda", "ok", f"{found.cuda.get_device_name()}, sm_{major}{minor}, CUDA {found.version.cuda}", ""
+
+
+def kernels() -> Iterator[Finding]:
+    """The CUDA backend: PyCUDA, driver and device."""
+    from edge_sdss import backends
+
+    try:
+        backend: Any = backends.load("cuda")
+    except BackendUnavailable as error:
+        yield "cuda kernels", "missing", *parts(error)
+        return
+    gpu = backend.open_gpu()
+    found = f"{gpu.name}, sm_{gpu.target.sm}, driver of CUDA {gpu.target.driver}"
+    yield "cuda kernels", "warn" if gpu.interpreted else "ok", found, "run `edge-sdss doctor --selftest`"
 
 
 def _loaded(name: str) -> Any:

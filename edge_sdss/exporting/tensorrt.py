@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from edge_sdss.bundles import Graph, Manifest, verify
 from edge_sdss.bundles.recipes import Extent, Shapes
 from edge_sdss.errors import BackendUnavailable, BudgetExceeded, ExportError, InputError, message
+from edge_sdss.exporting import scoring
 
 if TYPE_CHECKING:
     from edge_sdss.boards import Board
@@ -67,9 +68,18 @@ class Build:
 
 
 def write(
-    bundle: Path, out: Path, shapes: Shapes, *, board: Board | None = None, workspace_bytes: int = 512 * _MIB
+    bundle: Path,
+    out: Path,
+    shapes: Shapes,
+    *,
+    board: Board | None = None,
+    workspace_bytes: int = 512 * _MIB,
+    scores: scoring.Variant | None = None,
 ) -> Build:
     """Writes a folder to be copied to the device: graph, profiles.json, build_engine.sh and build_engine.py.
+
+    With `scores`, for a graph with hidden states: scored.onnx besides, the graph with selection's scores behind it, of
+    that EOE, and the plugins that `build_engine.py --scores` loads.
 
     The graph's LoRA inputs lose their defaults: an engine has no optional inputs, and is fed zeros of rank 1 where
     no adapter is wanted. `out` must be new or empty.
@@ -88,7 +98,11 @@ def write(
     try:
         out.mkdir(parents=True, exist_ok=True)
         _copy_graph(bundle, manifest, out)
-        document = {"names": ("decode", "prefill"), "profiles": ranges, "estimated_peak_bytes": peak.total_bytes}
+        document: dict[str, object] = {"names": ("decode", "prefill"), "profiles": ranges}
+        document["estimated_peak_bytes"] = peak.total_bytes
+        if scores is not None:
+            scoring.write(out, manifest.graph.width, scores)
+            document["scores"] = scoring.ranges(manifest.graph.width, shapes.batch.max)
         (out / "profiles.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         _write_programs(out, manifest.graph, shapes, peak, workspace_bytes)
     except OSError as error:

@@ -20,7 +20,12 @@ VARIANTS = ("token", "centered", "spectral", "histogram")
 def backend(request):
     if request.param == "torch" and not importlib.util.find_spec("torch"):
         pytest.skip("no torch here")
-    return backends.load(request.param)
+    try:
+        return backends.load(request.param)
+    except backends.BackendUnavailable as error:
+        if request.param != "cuda":
+            raise
+        pytest.skip(f"{error} tests/kernels runs this over the real PyCUDA and an interpreted device")
 
 
 def offsets(*lengths):
@@ -88,7 +93,7 @@ def test_entropy_stays_in_range_and_ignores_scale_and_order(variant, seed, n, d,
 def test_entropy_of_the_extremes(backend):
     one_loud = np.zeros((8, 4), dtype=np.float32)
     one_loud[3] = 5
-    assert backend.entropy(one_loud, offsets(8), "token")[0] == 0
+    assert backend.entropy(one_loud, offsets(8), "token")[0] == pytest.approx(0, abs=1e-6)  # exact by luck alone
     assert backend.entropy(np.ones((8, 4), np.float32), offsets(8), "token")[0] == pytest.approx(1)
     assert backend.entropy(np.eye(8, dtype=np.float32), offsets(8), "spectral")[0] == pytest.approx(1)
     assert backend.entropy(np.ones((8, 4), np.float32), offsets(8), "spectral")[0] == pytest.approx(0, abs=1e-6)
