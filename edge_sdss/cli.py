@@ -383,7 +383,7 @@ def rollback(
 
 
 for _verb in (
-    *(cli_bundle.export, cli_bundle.deploy, cli_bundle.bundles, cli_device.emulate),
+    *(cli_bundle.export, cli_bundle.deploy, cli_bundle.bundles, cli_device.emulate, cli_device.adapt),
     *(cli_chat.chat, cli_plan.plan, cli_profile.profile, cli_profile.compare, cli_profile.doctor),
 ):
     app.command()(_verb)

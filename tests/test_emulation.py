@@ -146,12 +146,12 @@ def test_what_one_alone_may_have_two_together_may_not(group: ways.Way) -> None:
 
 
 def test_sigterm_reaches_the_command(board: Path, group: ways.Way) -> None:
-    program = ["sh", "-c", "trap 'exit 9' TERM; echo up >&2; while :; do sleep 0.05; done"]
+    program = ["sh", "-c", "trap 'exit 9' TERM; echo running >&2; while :; do sleep 0.05; done"]
     command = [sys.executable, "-m", "edge_sdss", "emulate", str(board), "--", *program]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
         assert process.stderr is not None
-        while "up" not in process.stderr.readline():
+        while "running" not in process.stderr.readline():
             pass
         process.terminate()
         process.stderr.read()

@@ -22,11 +22,11 @@ FLOORS = (
     },
     {
         "selection", "synthesis", "tuning", "gate", "evaluation", "report", "exporting", "runtime",
-        "profiling",
+        "profiling", "moment",
     },
     {
         "rounds", "bundling", "embedding", "session", "speakers", "conversation", "experiment", "demo", "cases",
-        "doctor", "profile", "emulation",
+        "doctor", "profile", "emulation", "nightly",
     },
     {"cli", "options", "review", "console", "__main__"},
 )  # fmt: skip
