@@ -12,7 +12,17 @@ from typing import Annotated, Literal
 import click
 import typer
 
-from edge_sdss import __version__, cli_bundle, cli_chat, cli_device, cli_plan, cli_profile, console, options
+from edge_sdss import (
+    __version__,
+    cli_bundle,
+    cli_chat,
+    cli_device,
+    cli_plan,
+    cli_profile,
+    cli_service,
+    console,
+    options,
+)
 from edge_sdss.errors import EdgeSdssError, InputError, message
 from edge_sdss.options import (
     Backend,
@@ -383,6 +393,7 @@ def rollback(
 
 
 for _verb in (
+    *(cli_service.serve, cli_service.health, cli_service.flash_plan),
     *(cli_bundle.export, cli_bundle.deploy, cli_bundle.bundles, cli_device.emulate, cli_device.adapt),
     *(cli_chat.chat, cli_plan.plan, cli_profile.profile, cli_profile.compare, cli_profile.doctor),
 ):

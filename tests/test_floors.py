@@ -26,7 +26,7 @@ FLOORS = (
     },
     {
         "rounds", "bundling", "embedding", "session", "speakers", "conversation", "experiment", "demo", "cases",
-        "doctor", "profile", "emulation", "nightly",
+        "doctor", "profile", "emulation", "nightly", "serving", "flashing",
     },
     {"cli", "options", "review", "console", "__main__"},
 )  # fmt: skip
