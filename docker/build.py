@@ -165,7 +165,8 @@ def _uv(*arguments: str) -> None:
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", choices=["3.10", "3.11", "3.12", "3.13"], default="3.10", help="JetPack 6: 3.10, 7: 3.12")
+    pythons = ["3.10", "3.11", "3.12", "3.13"]
+    parser.add_argument("--python", choices=pythons, default="3.10", help="JetPack 6: 3.10, JetPack 7: 3.12")
     parser.add_argument("--architecture", choices=sorted(PLATFORMS), default="arm64")
     parser.add_argument("--board", default="orin-nano-8gb", help="the memory of the nightly round is planned for it")
     parser.add_argument("--out", type=Path, default=Path("dist"))

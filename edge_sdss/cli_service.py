@@ -19,7 +19,8 @@ SOCKET = Path(tempfile.gettempdir()) / "edge-sdss.sock"
 def serve(socket: Socket = SOCKET, home: Home = None, json_: Json = False) -> None:
     """Answer health checks at a Unix socket until stopped: what serves, and whether its files are whole.
 
-    Holds no model; nothing outside this machine can reach it. Example: edge-sdss serve --socket /run/edge-sdss/health.sock
+    Holds no model; nothing outside this machine can reach it.
+    Example: edge-sdss serve --socket /run/edge-sdss/health.sock
     """
     from edge_sdss import serving
 

@@ -15,8 +15,9 @@ from edge_sdss.jetpack import RELEASES
 ARCHIVE = "https://developer.nvidia.com/embedded/jetson-linux-archive"
 
 _NVME = (
-    "sudo ./tools/kernel_flash/l4t_initrd_flash.sh --external-device nvme0n1p1 -c tools/kernel_flash/flash_l4t_t234_nvme.xml "
-    '-p "-c bootloader/generic/cfg/flash_t234_qspi.xml" --showlogs --network usb0 {config} internal'
+    "sudo ./tools/kernel_flash/l4t_initrd_flash.sh --external-device nvme0n1p1"
+    " -c tools/kernel_flash/flash_l4t_t234_nvme.xml"
+    ' -p "-c bootloader/generic/cfg/flash_t234_qspi.xml" --showlogs --network usb0 {config} internal'
 )
 _EMMC = "sudo ./flash.sh {config} internal"
 _THOR = "sudo ./l4t_initrd_flash.sh {config} internal"
@@ -28,6 +29,7 @@ class _Carrier(NamedTuple):
     config: str
     majors: tuple[int, ...]
     flash: str
+    options: str = ""  # of apply_binaries.sh
 
 
 # A carrier of one's own has a configuration of its maker's; the rest is the same.
@@ -40,7 +42,7 @@ _CARRIERS = {
     "agx-orin-32gb": _Carrier("jetson-agx-orin-devkit", (36, 39), _EMMC),
     "agx-orin-64gb": _Carrier("jetson-agx-orin-devkit", (36, 39), _EMMC),
     "agx-orin-devkit": _Carrier("jetson-agx-orin-devkit", (36, 39), _EMMC),
-    "thor": _Carrier("jetson-agx-thor-devkit", (38, 39), _THOR),
+    "thor": _Carrier("jetson-agx-thor-devkit", (38, 39), _THOR, " --openrm"),
 }
 
 
@@ -75,7 +77,7 @@ def plan(board: str, l4t: str, overlay: str | None = None) -> Plan:
     asked = f"plan to flash {board} with L4T {l4t}"
     carrier = _CARRIERS.get(board)
     if carrier is None:
-        raise InputError(message(asked, "no such Jetson", f"choose {', '.join(_CARRIERS)}"))
+        raise InputError(message(asked, "no such Jetson", f"choose {', '.join(sorted(_CARRIERS))}"))
     if not re.fullmatch(r"\d+\.\d+(\.\d+)?", l4t):
         raise InputError(message(asked, f"{l4t!r} is no L4T", "write it as 36.4.3, see " + ARCHIVE))
     major = int(l4t.partition(".")[0])
@@ -113,7 +115,7 @@ def _steps(carrier: _Carrier, l4t: str, python: str, board: str, overlay: str | 
             f"sudo tar xpf Tegra_Linux_Sample-Root-Filesystem_{release} -C {into}/rootfs/",
         ),
         Step("What flashing needs on this host.", f"cd {into} && sudo ./tools/l4t_flash_prerequisites.sh"),
-        Step("NVIDIA's drivers into the root file system.", "sudo ./apply_binaries.sh"),
+        Step("NVIDIA's drivers into the root file system.", f"sudo ./apply_binaries.sh{carrier.options}"),
         Step("Our overlay over it.", f"sudo tar xpf ../{made} -C rootfs/ --keep-directory-symlink --numeric-owner"),
         Step("Flashes. Nothing before this touches the board.", carrier.flash.format(config=carrier.config)),
         Step("On the board, after its first boot.", "edge-sdss health --socket /run/edge-sdss/health.sock"),
