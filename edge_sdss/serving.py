@@ -72,7 +72,7 @@ class _Server(socketserver.ThreadingUnixStreamServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: _Server  # type: ignore[assignment]
+    server: _Server
     timeout = _TIMEOUT_S
 
     def do_GET(self) -> None:
