@@ -46,7 +46,6 @@ def emulate(
     limits = emulation.limits(board)
     trial = emulation.find(limits, with_, image)
     way = trial.way
-    assert way is not None
     facts: dict[str, Any] = {**asdict(limits), "usable_cores": limits.usable_cores, "way": way.name, "lacks": way.lacks}
     if not command:
         console.emit({**facts, "refused": dict(trial.refused)}, json_)
@@ -106,7 +105,7 @@ def adapt(
     folder = options.home(home)
     with ExitStack() as stack:
         result = nightly.adapt(
-            _opener(folder, settings),
+            _opener(folder, settings, stack.enter_context(console.progress())),
             folder,
             moment.open(wanted, settings.adapt),
             settings.adapt,
@@ -129,17 +128,21 @@ def _paced(settings: config.Config, cool: bool) -> config.Config:
 
 
 def _opener(
-    folder: Path, settings: config.Config
+    folder: Path, settings: config.Config, progress: Progress
 ) -> Callable[[Progress, Callable[[dict[str, Any]], None]], AbstractContextManager[Session]]:
-    """Opens the home's session; what a round says goes to the watch first, then to the terminal."""
+    """Opens the home's session; what a round says goes to the terminal, and to the watch, which may end it."""
     from edge_sdss.session import Session
 
     def opened(look: Progress, hear: Callable[[dict[str, Any]], None]) -> AbstractContextManager[Session]:
+        def told(stage: str, done: int, total: int) -> None:
+            progress(stage, done, total)
+            look(stage, done, total)
+
         def heard(event: dict[str, Any]) -> None:
             console.event(event)
             hear(event)
 
-        return Session(folder, settings, progress=look, on_event=heard)
+        return Session(folder, settings, progress=told, on_event=heard)
 
     return opened
 

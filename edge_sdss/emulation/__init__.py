@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ _ENDED_BY_KILL = 137
 class Trial:
     """What became of each way that was tried: the first that works, and why the others do not."""
 
-    way: ways.Way | None
+    way: ways.Way
     refused: Mapping[str, str]
 
 
@@ -101,17 +102,15 @@ def _found(program: list[str]) -> list[str]:
     raise InputError(message(f"run {program[0]}", "no such program", "check its name and the PATH"))
 
 
-class _cores:  # noqa: N801 - reads as a verb
-    """Inside, this process may use so many cores, and so may what it starts."""
-
-    def __init__(self, count: int | None) -> None:
-        self._count = count if hasattr(os, "sched_setaffinity") else None
-
-    def __enter__(self) -> None:
-        if self._count:
-            self._before = os.sched_getaffinity(0)
-            os.sched_setaffinity(0, sorted(self._before)[: self._count])
-
-    def __exit__(self, *_: object) -> None:
-        if self._count:
-            os.sched_setaffinity(0, self._before)
+@contextmanager
+def _cores(count: int | None) -> Iterator[None]:
+    """Inside, this process may use so many of its cores, and so may what it starts."""
+    if count is None or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
