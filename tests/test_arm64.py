@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -101,6 +102,43 @@ def test_chat_answers_the_same(devices: dict[str, Device]) -> None:
     texts = {name: {key: value for key, value in each.items() if isinstance(value, str)} for name, each in told.items()}
     assert texts["arm64"] == texts["amd64"]
     assert any(len(text) > 10 for text in texts["arm64"].values())
+
+
+def test_the_smoke_image_is_built_and_its_runtime_loads(devices: dict[str, Device], tmp_path: Path) -> None:
+    """From the very wheels of the overlay, fetched here for aarch64."""
+    roots.needs("buildah")
+    wheels = tmp_path / "wheels"
+    packages = devices["arm64"].root / "usr/lib/edge-sdss/python"
+    wanted = ["==".join(each.name.removesuffix(".dist-info").split("-")[-2:]) for each in packages.glob("*.dist-info")]
+    own = {"edge_sdss", "empath"}
+    platforms = [f"--platform=manylinux_2_{minor}_aarch64" for minor in range(17, 32)]
+    fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", wheels]
+    binary = ["--only-binary=:all:", f"--python-version={roots.PYTHON}", "--platform=manylinux2014_aarch64", *platforms]
+    roots.run(*fetch, *binary, *(each for each in wanted if each.partition("==")[0] not in own))
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "-w", wheels, "-c", "constraints.txt"]
+    roots.run(*pip, "--no-deps", "empath", cwd=roots.REPOSITORY)
+    roots.run(*pip, "hatchling", cwd=roots.REPOSITORY)
+
+    def buildah(*arguments: object, **options: Any) -> str:
+        return roots.run("buildah", *arguments, env={**os.environ, "BUILDAH_ISOLATION": "chroot"}, **options).strip()
+
+    base, name = "localhost/edge-sdss-tests-arm64-base", "localhost/edge-sdss-tests-arm64"
+    container = buildah("from", "--arch=arm64", "scratch")
+    buildah("add", "-q", container, roots.root("arm64"), "/")
+    buildah("config", "--arch=arm64", container)
+    buildah("commit", "-q", container, base)
+    buildah("rm", container)
+    file = roots.REPOSITORY / "docker" / "arm64-smoke.Dockerfile"
+    given = [f"--build-arg=BASE_IMAGE={base}", "--build-arg=PIP_ARGS=--no-index --find-links /wheels"]
+    options = ["--arch=arm64", "--layers=false", f"--volume={wheels}:/wheels:ro", "--format=docker"]
+    buildah("bud", *options, *given, "-f", file, "-t", name, roots.REPOSITORY)
+    container = buildah("from", "--arch=arm64", name)
+    try:
+        told = json.loads(buildah("run", container, "--", "edge-sdss", "doctor", "--json", check_code=False))
+    finally:
+        buildah("rm", container)
+        buildah("rmi", name, base)
+    assert ("onnxruntime-cpu", "ok") in {(check["name"], check["status"]) for check in told["checks"]}
 
 
 def same(a: Any, b: Any) -> float:

@@ -295,3 +295,45 @@ def test_the_verb_reads_its_limits_and_says_why_nothing_is_due(
     code, _, err = call("--within", "soon")
     assert code == 2
     assert "write 6h; units: s, min, h" in err
+
+
+def test_after_a_kill_the_next_call_goes_on_and_nothing_half_done_served(tiny: Path, tmp_path: Path) -> None:
+    """The process is killed as by a loss of power, once a checkpoint is on the disk."""
+    pytest.importorskip("peft")
+    import os
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    import talk
+
+    from edge_sdss.lm import LanguageModel
+    from edge_sdss.session import Session
+
+    tuning = {"epochs": 6, "batch_size": 1, "checkpoint_every": 1}
+    settings = talk.settings(tiny, adapt={"least_new": 2, "poll_s": 0.1}, synthesis={"variants": 0}, tuning=tuning)
+    home = tmp_path / "learner"
+    with Session(home, settings, lm=LanguageModel.load(settings.model)) as session:
+        list(session.observe_all(talk.dialogues(30)))
+        session.annotate_from_stream()
+    lines = []
+    for section, values in settings.model_dump(exclude_defaults=True, mode="json").items():
+        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    (tmp_path / "tiny.toml").write_text("\n".join(lines), encoding="utf-8")
+    command = [sys.executable, "-m", "edge_sdss", "adapt", "--when", "charging", "--home", str(home), "--json"]
+    command += ["--config", str(tmp_path / "tiny.toml")]
+    env = {**os.environ, "PYTHONPATH": str(Path(nightly.__file__).resolve().parent.parent)}
+    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as process:
+        while not list(home.glob("adapters/**/*.safetensors")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    with Session(home, settings) as session:
+        assert [each.state for each in session.store.rounds()] == ["running"]
+        assert session.active_adapter is None
+    spent = Ledger(home / "nightly.json", lambda: datetime.now(timezone.utc)).spent()[0]
+    assert spent > 0, "a kill buys no time"
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert "A round begins: round 1 was cut short." in done.stderr
+    assert json.loads(done.stdout)["outcome"] in ("accepted", "rejected"), done.stderr
