@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import roots
 
+pytest.importorskip("torch")  # once, in the whole environment, and not in each core one
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 

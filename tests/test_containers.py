@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,19 +84,21 @@ def test_compose_for_a_device_restarts_checks_health_and_has_nvidias_runtime() -
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+def base() -> Iterator[str]:
     """An image of a minimal Debian; what is built on it is taken away at the end."""
+    pytest.importorskip("torch")  # once, in the whole environment, and not in each core one
     roots.needs("buildah", "debootstrap", "unshare")
-    name = "localhost/edge-sdss-tests-base"
+    name = f"localhost/edge-sdss-tests-base-{os.getpid()}"
     container = roots.run("buildah", "from", "scratch", env=BUILDAH).strip()
     roots.run("buildah", "add", "-q", container, roots.root("amd64"), "/", env=BUILDAH)
     roots.run("buildah", "commit", "-q", container, name, env=BUILDAH)
     roots.run("buildah", "rm", container, env=BUILDAH)
-    return name
+    yield name
+    roots.run("buildah", "rmi", name, env=BUILDAH)
 
 
 def build(file: str, base: str, **arguments: str) -> tuple[str, subprocess.CompletedProcess[str]]:
-    name = f"localhost/edge-sdss-tests-{file.partition('.')[0]}"
+    name = f"{base}-{file.partition('.')[0]}"
     wheels = roots.wheels()
     given = {"BASE_IMAGE": base, "PIP_ARGS": "--no-index --find-links /wheels", **arguments}
     options = [f"--build-arg={key}={value}" for key, value in given.items()]
