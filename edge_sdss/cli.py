@@ -12,7 +12,17 @@ from typing import Annotated, Literal
 import click
 import typer
 
-from edge_sdss import __version__, cli_bundle, cli_chat, cli_plan, cli_profile, console, options
+from edge_sdss import (
+    __version__,
+    cli_bundle,
+    cli_chat,
+    cli_device,
+    cli_plan,
+    cli_profile,
+    cli_service,
+    console,
+    options,
+)
 from edge_sdss.errors import EdgeSdssError, InputError, message
 from edge_sdss.options import (
     Backend,
@@ -268,10 +278,10 @@ def tune(
     same, the step is done again with less. Examples: edge-sdss tune --set tuning.epochs=2; edge-sdss tune
     --memory 700MiB --set tuning.weights=nf4
     """
-    budget = options.size(memory) if memory else None
     flags: dict[str, dict[str, object]] = {"model": {"name": model}, "review": {"train_on": train_on}}
-    flags["tuning"] = {"memory": budget}
-    with options.session(home, options.settings(settings_file, set_, flags)) as session:
+    settings = options.settings(settings_file, set_, flags)
+    settings = settings.override({"tuning": {"memory": cli_plan.budget_here(memory, settings.tuning.memory)}})
+    with options.session(home, settings) as session:
         adapted = session.adapt()
         tuned, verdict = adapted.tuned, adapted.verdict
         facts = {k: v for k, v in asdict(tuned).items() if k != "losses"}
@@ -383,10 +393,12 @@ def rollback(
 
 
 for _verb in (
-    *(cli_bundle.export, cli_bundle.deploy, cli_bundle.bundles),
+    *(cli_service.serve, cli_service.health),
+    *(cli_bundle.export, cli_bundle.deploy, cli_bundle.bundles, cli_device.emulate, cli_device.adapt),
     *(cli_chat.chat, cli_plan.plan, cli_profile.profile, cli_profile.compare, cli_profile.doctor),
 ):
     app.command()(_verb)
+app.command(name="flash-plan")(cli_service.flash_plan)
 
 
 def main() -> None:

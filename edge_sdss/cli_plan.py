@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from edge_sdss import config, console, options
+from edge_sdss import config, console, device, options
 from edge_sdss.errors import InputError, message
 from edge_sdss.options import Json, Set, Settings
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from edge_sdss.tuning.shapes import Architecture
 
 _MIB = 1 << 20
+
+RESERVE = "1GiB"
 
 
 def plan(
@@ -31,7 +33,7 @@ def plan(
     ] = None,
     reserve: Annotated[
         str, typer.Option("--reserve", metavar="SIZE", help="Of a board's memory, for its system and all else.")
-    ] = "1GiB",
+    ] = RESERVE,
     weights: Annotated[
         str | None,
         typer.Option("--weights", metavar="TYPE", help="float32, bfloat16, int8, nf4, several as a,b, or auto."),
@@ -53,6 +55,7 @@ def plan(
     from edge_sdss.tuning import libraries, planner
 
     settings = options.settings(settings_file, set_, {"model": {"name": model}})
+    board = board or device.emulated_board()
     budget, about = _budget(memory, board, reserve, settings.tuning.memory)
     name, architecture = _architecture(settings.model.name)
     found = planner.plan(
@@ -70,6 +73,17 @@ def plan(
     console.table(f"{name} within {_mib(budget)} MiB", ["at the peak", "MiB"], _rows(found))
     texts = {"budget": about, **_choice(found)}
     console.emit({key: text for key, text in texts.items() if text}, False)
+
+
+def budget_here(memory: str | None, default: int | None) -> int | None:
+    """What a round may use here: what is given, on an emulated board never more than it has beside the reserve.
+
+    None: no limit. Raises InputError as `plan` does.
+    """
+    board = device.emulated_board()
+    if board is None:
+        return options.size(memory) if memory else default
+    return _budget(memory, board, RESERVE, default)[0]
 
 
 def _budget(memory: str | None, board: str | None, reserve: str, default: int | None) -> tuple[int, str]:

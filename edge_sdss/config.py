@@ -140,6 +140,18 @@ class Tuning(_Section):
     seed: int = Field(0, ge=0, description="of the first weights, the order of examples and the dropout")
 
 
+class Adapt(_Section):
+    """When the device tunes by itself. The limits are of any 24 hours."""
+
+    least_new: int = Field(8, ge=1, description="annotated dialogues that no round has seen, for a round to be due")
+    poll_s: float = Field(10.0, gt=0, description="between two looks at the conditions")
+    idle_share: float = Field(0.2, gt=0, le=1, description="of all cores; idle: others use less")
+    cool_c: float = Field(60.0, description="cool: no zone is as hot, °C")
+    hot_c: float = Field(75.0, description="with cool, rest or pause near this heat while tuning, °C")
+    max_s: float | None = Field(4 * 3600.0, gt=0, description="of work; None: no limit")
+    max_j: float | None = Field(None, gt=0, description="of the machine's energy while at work; None: no limit")
+
+
 class Gate(_Section):
     """When a round is accepted."""
 
@@ -199,6 +211,7 @@ class Config(_Section):
     review: Review = Review()
     synthesis: Synthesis = Synthesis()
     tuning: Tuning = Tuning()
+    adapt: Adapt = Adapt()
     gate: Gate = Gate()
     evaluation: Evaluation = Evaluation()
     chat: Chat = Chat()

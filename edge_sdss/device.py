@@ -12,6 +12,9 @@ from typing import Any
 
 import edge_sdss
 
+EMULATED = "EDGE_SDSS_EMULATED"
+"""Set for what `edge-sdss emulate` runs: a board's name, or the path of its TOML file."""
+
 PACKAGES = ("numpy", "torch", "transformers", "peft", "tokenizers", "safetensors", "rouge-score", "empath")
 
 
@@ -26,6 +29,7 @@ def environment(root: Path = Path("/")) -> dict[str, Any]:
         "memory_bytes": memory_bytes(root),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "commit": commit(),
+        "emulated": emulated(),
     }
 
 
@@ -47,8 +51,14 @@ def slug(root: Path = Path("/")) -> str:
 
 
 def emulated() -> str | None:
-    """The board whose limits this process runs under, as `edge-sdss emulate` says it; None on the real one."""
-    return os.environ.get("EDGE_SDSS_EMULATED") or None
+    """The name of the board whose limits this process runs under, by `edge-sdss emulate`; None on the real one."""
+    board = emulated_board()
+    return Path(board).stem if board else None
+
+
+def emulated_board() -> str | None:
+    """The same board as `boards.load` takes it: its name, or the path of the user's own TOML file."""
+    return os.environ.get(EMULATED) or None
 
 
 def cores() -> int:

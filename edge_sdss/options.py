@@ -103,6 +103,19 @@ def size(text: str) -> int:
     return count
 
 
+def quantity(text: str, units: Mapping[str, float], example: str) -> float:
+    """A number above 0 with one of the units, in that of factor 1. Raises InputError for anything else."""
+    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?) *([A-Za-z]+)", text.strip())
+    value = float(found[1]) * units.get(found[2], 0.0) if found else 0.0
+    if value <= 0:
+        raise InputError(message(f"read {text!r}", "no quantity", f"write {example}; units: {', '.join(units)}"))
+    return value
+
+
+SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+JOULES = {"J": 1.0, "kJ": 1e3, "Wh": 3600.0}
+
+
 def fresh(path: Path) -> Path:
     """A path of ours, without what an earlier call left there."""
     path.unlink(missing_ok=True)

@@ -82,7 +82,7 @@ def describe(tree: Tree) -> schema.Device:
     return schema.Device(
         name=device.slug(tree.root),
         model=device.processor(tree.root),
-        profile=board.name if board else None,
+        profile=device.emulated() or (board.name if board else None),
         cores=device.cores(),
         memory_bytes=device.memory_bytes(tree.root),
         l4t=jetson.l4t if jetson else None,

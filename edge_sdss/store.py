@@ -315,6 +315,10 @@ class Store:
         query = "SELECT dialogue_id FROM trained JOIN rounds USING (round) WHERE state = 'accepted'"
         return {row[0] for row in self._db.execute(query).fetchall()}
 
+    def tried(self) -> set[str]:
+        """The dialogues that a round was trained on, whether or not it was accepted."""
+        return {row[0] for row in self._db.execute("SELECT dialogue_id FROM trained").fetchall()}
+
     def rounds(self) -> list[Round]:
         """All rounds, oldest first."""
         return [self._round(row[0]) for row in self._db.execute("SELECT round FROM rounds ORDER BY round").fetchall()]

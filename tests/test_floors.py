@@ -22,11 +22,11 @@ FLOORS = (
     },
     {
         "selection", "synthesis", "tuning", "gate", "evaluation", "report", "exporting", "runtime",
-        "profiling",
+        "profiling", "moment",
     },
     {
         "rounds", "bundling", "embedding", "session", "speakers", "conversation", "experiment", "demo", "cases",
-        "doctor", "profile",
+        "doctor", "profile", "emulation", "nightly", "serving", "flashing",
     },
     {"cli", "options", "review", "console", "__main__"},
 )  # fmt: skip

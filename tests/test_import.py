@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,3 +45,25 @@ def test_version_is_that_of_the_installed_package() -> None:
 def test_the_command_line_starts_without_torch() -> None:
     shown = python(BLOCK + "sys.argv = ['edge-sdss', '--help']\nfrom edge_sdss.cli import main\nmain()")
     assert "Usage" in shown
+
+
+def test_onnx_runtime_gets_no_id_and_sends_nothing(tmp_path: Path) -> None:
+    """Its wheels have telemetry, which keeps a device id and a queue in the user's cache once a session was made."""
+    pytest.importorskip("onnxruntime")
+    helper = pytest.importorskip("onnx").helper
+    ends = [helper.make_tensor_value_info(name, 1, [1]) for name in "ab"]
+    graph = helper.make_graph([helper.make_node("Identity", ["a"], ["b"])], "g", ends[:1], ends[1:])
+    file = tmp_path / "identity.onnx"
+    file.write_bytes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString()
+    )
+    program = (
+        "import edge_sdss, onnxruntime, sys\n"
+        "onnxruntime.InferenceSession(sys.argv[1], providers=['CPUExecutionProvider'])\n"
+    )
+    users = tmp_path / "user"
+    users.mkdir()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_"))}
+    env = {**kept, "HOME": str(users), "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    subprocess.run([sys.executable, "-c", program, str(file)], check=True, env=env)
+    assert list(users.rglob("*")) == []

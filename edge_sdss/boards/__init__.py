@@ -80,7 +80,7 @@ class Source(_Record):
 
 
 class Board(_Record):
-    """One device. `memory_bytes` is what is installed, and the limit of a container that stands for it."""
+    """One device. `memory_bytes` is what is installed, `usable_bytes` the limit of what stands for it."""
 
     name: str
     about: str

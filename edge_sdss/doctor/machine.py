@@ -33,6 +33,8 @@ def board(tree: Tree) -> Iterator[Finding]:
         yield "profile", "ok", f"{found.name}: {found.about}", ""
     else:
         yield "profile", "warn", "no profile fits this board", "write one TOML file, see docs/boards.md"
+    if here and (emulated := device.emulated()):
+        yield "emulated", "warn", f"{emulated}: memory and cores as limits, on another machine", ""
     online = tree.maybe("sys/devices/system/cpu/online")
     usable = f"{device.cores()} for this process" if here else ""
     cores = ", ".join(part for part in (f"{online} online" if online else "", usable) if part)

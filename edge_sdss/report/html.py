@@ -21,7 +21,9 @@ FIRST_ENTRIES, MAX_ENTRIES, MAX_GROUPS, MAX_ANSWERS = 12, 100, 8, 4
 
 def headline(report: RunReport) -> str:
     """Returns the verdict in words: what held-out NLL did, and whether the new adapter is active."""
-    return f"{_change(report.eval)} {_outcome(report)}"
+    board = report.environment.emulated
+    stamp = f" Emulated: within the limits of {board}, on another machine." if board else ""
+    return f"{_change(report.eval)} {_outcome(report)}{stamp}"
 
 
 def render(report: RunReport) -> str:

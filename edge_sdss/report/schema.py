@@ -248,6 +248,7 @@ class Environment(_Record):
     memory_bytes: int | None = Field(default=None, ge=0, description="main memory, bytes; None if unknown")
     packages: dict[str, str] = Field(description="versions of the packages that shape the result")
     commit: str | None = Field(default=None, description="commit of the source; None outside a checkout")
+    emulated: str | None = Field(default=None, description="board whose limits were emulated; None on a real one")
 
 
 class RunReport(_Record):
