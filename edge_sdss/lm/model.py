@@ -224,8 +224,14 @@ class LanguageModel:
             for weight in trainable:
                 weight.requires_grad_(True)
 
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any, keep: Any) -> Any:
-        """`keep`: how many of the last positions have logits, or which, int64."""
+    def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any, keep: torch.Tensor
+    ) -> Any:
+        """`keep`: the positions that have logits, int64.
+
+        Named one by one, their states are copied; a slice of them, which a number asks for, would make the head's
+        product one a row, each with a copy of the head.
+        """
         options = {"position_ids": positions, "logits_to_keep": keep}
         taken = {name: value for name, value in options.items() if name in self._accepts}
         if cache is not None:
@@ -233,7 +239,9 @@ class LanguageModel:
         return self.model(input_ids=ids, attention_mask=mask, **taken)
 
     def _step(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> Any:
-        return self._forward(ids, mask, positions, cache, 1)
+        import torch
+
+        return self._forward(ids, mask, positions, cache, torch.tensor([ids.shape[1] - 1], device=self.device))
 
     def _decode(
         self,
@@ -281,8 +289,6 @@ class LanguageModel:
             label[keep - len(answer) :] = torch.tensor(answer)
         with torch.no_grad():
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            # Named one by one, the states are copied; a slice of them would make the head's product one a row, each
-            # with a copy of the head.
             predicts = torch.arange(ids.shape[1] - keep - 1, ids.shape[1] - 1, device=self.device)
             logits = self._forward(ids, mask, positions, None, predicts).logits
             if logits.shape[1] != keep:  # the model knows no logits_to_keep
