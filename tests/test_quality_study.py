@@ -131,7 +131,11 @@ def test_the_grid_is_what_was_promised_and_keeps_its_hands_off_the_confirmation_
 
 def test_what_is_held_fixed_is_in_the_digest() -> None:
     assert Protocol().digest == Protocol().digest
-    assert len({Protocol().digest, replace(Protocol(), epochs=9).digest, protocol.QUICK.digest}) == 3
+    slower = Protocol().settings.override({"tuning": {"learning_rate": 1e-4}})
+    chatty = Protocol().settings.override({"chat": {"max_new_tokens": 7}, "selection": {"policy": "fifo"}})
+    changed = [replace(Protocol(), epochs=9), replace(Protocol(), settings=slower), protocol.QUICK]
+    assert len({p.digest for p in [Protocol(), *changed]}) == 4
+    assert replace(Protocol(), settings=chatty).digest == Protocol().digest
 
 
 # the ledger

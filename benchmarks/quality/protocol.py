@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -40,6 +41,19 @@ def _settings() -> config.Config:
     )
 
 
+_MATTER = {
+    "reading": "context_turns",
+    "model": "name dtype max_tokens",
+    "selection": "eoe pooling text lexicons",
+    "buffer": "max_entry_bytes vectors",
+    "synthesis": "min_rouge1 max_rouge1 vary temperature top_p max_new_tokens seed",
+    "tuning": "rank alpha rslora dora dropout targets top_layers weights adapter_dtype optimizer learning_rate "
+    "batch_size max_tokens warmup clip patience",
+    "evaluation": "max_items rouge_items max_new_tokens seed",
+}
+"""The settings that a result depends on: a new one that by default does nothing must not make all results old."""
+
+
 @dataclass(frozen=True)
 class Protocol:
     """What no cell changes. `max_words` bounds prompt and answer each; `passes` are examples x epochs with `max_bytes`.
@@ -59,7 +73,10 @@ class Protocol:
     @property
     def digest(self) -> str:
         """12 hexadecimal digits: cells of equal digest compare."""
-        return digest({**asdict(self), "settings": self.settings.model_dump(mode="json")})[:12]
+        named = {f"{section}.{n}" for section, names in _MATTER.items() for n in names.split()}
+        values = {name: operator.attrgetter(name)(self.settings) for name in sorted(named)}
+        own = {name: value for name, value in vars(self).items() if name != "settings"}
+        return digest([own, {name: str(value) for name, value in values.items()}])[:12]
 
 
 QUICK = Protocol(
