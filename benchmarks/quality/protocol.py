@@ -11,7 +11,7 @@ import hashlib
 import json
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import product
 
 from edge_sdss import config
@@ -74,7 +74,8 @@ class Protocol:
     def digest(self) -> str:
         """12 hexadecimal digits: cells of equal digest compare."""
         named = {f"{section}.{n}" for section, names in _MATTER.items() for n in names.split()}
-        values = {name: operator.attrgetter(name)(self.settings) for name in sorted(named)}
+        settings = config.Config.model_validate(self.settings.model_dump())  # 16 and 16.0 are one
+        values = {name: operator.attrgetter(name)(settings) for name in sorted(named)}
         own = {name: value for name, value in vars(self).items() if name != "settings"}
         return digest([own, {name: str(value) for name, value in values.items()}])[:12]
 
