@@ -1,8 +1,8 @@
 """Write the README's tables from the results. Knows nothing of how a figure was measured.
 
 A block `<!-- table:NAME -->` ... `<!-- /table -->` holds the newest line of each case, metric and device
-of the benchmark NAME. `python benchmarks/tables.py` rewrites the blocks; `--check` only says whether they
-differ.
+of the benchmark NAME; `table:study` is what the study of selection found. `python benchmarks/tables.py` rewrites the
+blocks; `--check` only says whether they differ.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import results
+from quality import report
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.S)
@@ -45,10 +46,12 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def rewrite(text: str, lines: list[dict[str, Any]]) -> str:
+def rewrite(text: str, lines: list[dict[str, Any]], study: Sequence[Mapping[str, Any]] = ()) -> str:
     """The text with each of its blocks filled. Raises ValueError for a block without results."""
 
     def fill(match: re.Match[str]) -> str:
+        if match["name"] == "study" and study:
+            return match[1] + report.summary(study) + match[3]
         rows = newest(lines, match["name"])
         if not rows:
             known = ", ".join(sorted({line["bench"] for line in lines})) or "none at all"
@@ -82,7 +85,7 @@ def main(arguments: list[str], readme: Path = README, folder: Path = results.FOL
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a table differs")
     check = parser.parse_args(arguments).check
     old = readme.read_text(encoding="utf-8")
-    new = rewrite(old, read(folder))
+    new = rewrite(old, read(folder), report.all_lines(folder / "quality"))
     if check:
         if new != old:
             print(f"{readme.name}: tables differ from the results; run `python benchmarks/tables.py`")

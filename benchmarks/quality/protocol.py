@@ -20,12 +20,15 @@ DEVELOPMENT = ("alpaca", "empathetic", "chatdoctor", "esconv", "memorybank")
 CONFIRMATION = ("dolly", "mts_dialog")
 """Named before any result was seen (ADR 18): no policy is designed on them, no cell of them runs without --confirm."""
 
+STANDS_FOR = {"chatdoctor": "MedDialog", "mts_dialog": "MedDialog", "esconv": "Prosocial-Dialog"}
+"""Stand-ins for sets of the paper that could not be had."""
+
 NONE, FULL = "none", "full"
 """Not policies: the base model, and training on the whole stream."""
 BASELINE = "reservoir"
 PAPER = ("sdss", "random", BASELINE, "fifo", "kcenter", "first", NONE)
 ABLATIONS = ("eoe", "dss", "idd", "eoe-dss", "eoe-idd", "dss-idd")
-STRONGER = ("dedup-reservoir", "domain-balanced", "facility-location", "herding", "longest")
+STRONGER = ("dedup-reservoir", "domain-balanced", "longest")
 ORDERS = ("shuffled", "sticky-0.9", "sticky-0.99", "blocked", "natural", "noisy")
 
 _MAIN_SETS = DEVELOPMENT[:4]

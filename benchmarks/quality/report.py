@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quality import ledger, plots, protocol
+from quality import ledger, plots
 from quality.analysis import Contrast, Line, contrast, differences, grouped, holm, mean, verdict
-from quality.protocol import BASELINE, FULL, NONE
-from quality.sets import STANDS_FOR
+from quality.protocol import BASELINE, FULL, NONE, STANDS_FOR
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 REFERENCES = (NONE, FULL)  # lines to read the others by; no hypothesis, so not corrected for
@@ -204,6 +203,3 @@ def write(results: Path, folder: Path) -> Path:
 def all_lines(folder: Path) -> list[Line]:
     """The results of all devices under a folder of files."""
     return [line for file in sorted(folder.glob("*.jsonl")) for line in ledger.read(file)]
-
-
-__all__ = ["all_lines", "newest", "page", "protocol", "summary", "write"]

@@ -29,9 +29,6 @@ FILES = {
 DEMO = "demo"
 """The packaged stream, for a quick run without any data."""
 
-STANDS_FOR = {"chatdoctor": "MedDialog", "mts_dialog": "MedDialog", "esconv": "Prosocial-Dialog"}
-"""Stand-ins for sets of the paper that could not be had."""
-
 
 @dataclass(frozen=True)
 class Material:
