@@ -312,5 +312,25 @@ def test_near_duplicates_stay_out_of_a_full_reservoir_and_leave_first():
     assert (alike >= 0.97).sum() == 12  # each is near itself alone
 
 
+def test_kcenter_is_facility_location_over_what_is_kept_and_the_offer():
+    """An entry may go where the sum of similarities to the nearest kept one rises, the most gain first."""
+    selector, swaps = make_selector("kcenter", bins=6, vectors="float32"), 0
+    for dialogue, rows in Stream(seed=4).take(120):
+        kept, offer = selector.buffer.vectors.astype(np.float64), _unit(rows.astype(np.float64).mean(0))
+        full = len(kept) == 6
+        decision = selector.decide(dialogue, rows)
+        if full:
+            every = np.vstack([kept, offer])
+            covered = [(every @ np.delete(every, i, axis=0).T).max(axis=1).sum() for i in range(7)]
+            gains = np.array(covered[:6]) - covered[6]  # entry i out and the offer in, against the offer out
+            assert (decision.action == "kept") == bool(gains.max() > 1e-6) or abs(gains.max()) < 1e-6
+            if decision.evicted:
+                swaps += 1
+                (slot,) = decision.evicted
+                assert gains[selector.buffer.used.tolist().index(slot)] == pytest.approx(gains.max(), abs=1e-6)
+        selector.apply(decision)
+    assert swaps > 3
+
+
 def _unit(vector):
     return vector / np.linalg.norm(vector)

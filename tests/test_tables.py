@@ -170,6 +170,7 @@ def test_a_block_without_results_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_study_has_a_table_of_its_own() -> None:
+    pytest.importorskip("scipy")
     cell = {"set": "a", "policy": "reservoir", "order": "shuffled", "seed": 0, "bins": 32}
     cell |= {"max_bytes": None, "variants": 0, "interval": None}
     base = {"cell": cell, "protocol": "p", "time": "t", "items": "i", "nll": [2.0, 3.0], "rouge1": [0.5, 0.5]}

@@ -6,6 +6,7 @@ same run and same item. Knows nothing of files or drawings.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ Values = npt.NDArray[np.float64]
 Metric = str
 LOWER_IS_BETTER = {"nll": True, "rouge1": False}
 
-_RESAMPLES = 4999
+_RESAMPLES = 2000
 _BATCH = 500
 
 
@@ -62,33 +63,41 @@ def differences(ours: Sequence[Line], base: Sequence[Line], metric: Metric) -> V
 def contrast(tables: Sequence[Values], seed: int = 0) -> Contrast:
     """The mean difference over some sets, each [runs, items], every set counting the same.
 
-    Runs and items are drawn with replacement, each on its own (the pigeonhole bootstrap, Owen 2007). A resample of n
-    runs varies by (n - 1) / n too little, which counts where there are six: deviations are stretched for it.
-    A single run says nothing of other runs: its interval is of items alone.
+    Runs and items are drawn with replacement, each on its own (the pigeonhole bootstrap, Owen 2007), which gives the
+    standard error. Six runs say little of how much runs differ: interval and p are Student's, with Satterthwaite's
+    degrees of freedom. A single run says nothing of other runs: its interval is of items alone.
     """
+    from scipy.stats import t
+
     draws = np.random.default_rng(seed)
     mean = float(np.mean([table.mean() for table in tables]))
-    deviations = np.mean([_deviations(table, draws) for table in tables], axis=0)
-    found = mean + deviations
-    lo, hi = (float(v) for v in np.quantile(found, (0.025, 0.975)))
-    tail = min(int((found <= 0).sum()), int((found >= 0).sum()))
-    p = min(1.0, 2 * (tail + 1) / (len(found) + 1))
-    if not any(table.any() for table in tables):
-        p = 1.0
-    return Contrast(mean, lo, hi, p, min(len(t) for t in tables), sum(t.shape[1] for t in tables))
+    error = math.sqrt(sum(_variance(table, draws) for table in tables)) / len(tables)
+    runs, items = min(len(table) for table in tables), sum(table.shape[1] for table in tables)
+    if error == 0:
+        return Contrast(mean, mean, mean, 1.0 if mean == 0 else 0.0, runs, items)
+    freedom = _freedom(tables)
+    half = float(t.ppf(0.975, freedom)) * error
+    return Contrast(mean, mean - half, mean + half, float(2 * t.sf(abs(mean) / error, freedom)), runs, items)
 
 
-def _deviations(table: Values, draws: np.random.Generator) -> Values:
-    """[resamples] float64: how far the mean of a resample lies from the mean, stretched."""
+def _variance(table: Values, draws: np.random.Generator) -> float:
+    """Of the mean, by resampling; a resample of n runs varies by (n - 1) / n too little, which is made good."""
     runs, items = table.shape
-    mean = table.mean()
     found = []
     for start in range(0, _RESAMPLES, _BATCH):
         count = min(_BATCH, _RESAMPLES - start)
         by_run = draws.multinomial(runs, np.full(runs, 1 / runs), size=count) / runs
         by_item = draws.multinomial(items, np.full(items, 1 / items), size=count) / items
-        found.append(((by_run @ table) * by_item).sum(axis=1) - mean)
-    return np.concatenate(found) * (np.sqrt(runs / (runs - 1)) if runs > 1 else 1.0)
+        found.append(((by_run @ table) * by_item).sum(axis=1))
+    return float(np.concatenate(found).var()) * (runs / (runs - 1) if runs > 1 else 1.0)
+
+
+def _freedom(tables: Sequence[Values]) -> float:
+    """Satterthwaite's degrees of freedom of the sum of what runs and what items contribute to the variance."""
+    parts = [(table.mean(axis=1 - axis), n) for table in tables for axis, n in enumerate(table.shape) if n > 1]
+    shares = [(float(means.var(ddof=1)) / n, n - 1) for means, n in parts]
+    total = sum(share for share, _ in shares)
+    return total**2 / sum(share**2 / n for share, n in shares) if total else 1.0
 
 
 def holm(ps: Sequence[float]) -> list[float]:
