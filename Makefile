@@ -2,19 +2,21 @@
 #   PYTHON       the interpreter to build it with (3.10 or newer)
 #   PIP_ARGS     more arguments for pip, such as an index with CPU-only wheels of torch
 #   PYTEST_ARGS  more arguments for pytest, such as -n auto
+#   STUDY_ARGS   arguments for the study instead of --quick, such as --data DIR
 
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+STUDY_ARGS ?= --quick
 
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS := $(filter-out benchmarks/results.py benchmarks/tables.py,$(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out $(addprefix benchmarks/,results.py tables.py study.py),$(wildcard benchmarks/*.py))
 NEW_ENOUGH := import sys; sys.version_info < (3, 10) and sys.exit("Python 3.10 or newer is needed")
 INSTALL := -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test check test-core bench kernels clean
+.PHONY: help demo test check test-core bench kernels study clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | awk -F '\t' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -44,8 +46,11 @@ kernels: $(VENV)/.dev ## build the CUDA kernels ahead of time and count what the
 	$(BIN)/python kernels/report.py
 	$(BIN)/python tests/kernels/faults.py
 
+study: $(VENV)/.train ## does the selection pay? a quick look, written to study-out; all of it with STUDY_ARGS="--data DIR"
+	$(BIN)/python benchmarks/study.py run $(STUDY_ARGS)
+
 clean: ## remove the environments and everything that was built
-	rm -rf .venv .venv-core-* demo-out build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-core-* demo-out study-out build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find edge_sdss tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -2,7 +2,8 @@
 
 A block `<!-- table:NAME -->` ... `<!-- /table -->` holds the newest line of each case, metric and device
 of the benchmark NAME: one row each, or, of a benchmark in WIDE, one row a case with these metrics side by
-side. `python benchmarks/tables.py` rewrites the blocks; `--check` only says whether they differ.
+side. `table:study` is what the study of selection found. `python benchmarks/tables.py` rewrites the blocks;
+`--check` only says whether they differ.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import results
+from quality import report
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.S)
@@ -63,10 +65,12 @@ def wide(rows: Iterable[Mapping[str, Any]], metrics: Sequence[str]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def rewrite(text: str, lines: list[dict[str, Any]]) -> str:
+def rewrite(text: str, lines: list[dict[str, Any]], study: Sequence[Mapping[str, Any]] = ()) -> str:
     """The text with each of its blocks filled. Raises ValueError for a block without results."""
 
     def fill(match: re.Match[str]) -> str:
+        if match["name"] == "study" and study:
+            return match[1] + report.summary(study) + match[3]
         rows = newest(lines, match["name"])
         if not rows:
             known = ", ".join(sorted({line["bench"] for line in lines})) or "none at all"
@@ -118,7 +122,7 @@ def main(arguments: list[str], readme: Path = README, folder: Path = results.FOL
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a table differs")
     check = parser.parse_args(arguments).check
     old = readme.read_text(encoding="utf-8")
-    new = rewrite(old, read(folder))
+    new = rewrite(old, read(folder), report.all_lines(folder / "quality"))
     if check:
         if new != old:
             print(f"{readme.name}: tables differ from the results; run `python benchmarks/tables.py`")

@@ -255,3 +255,82 @@ def test_kcenter_swaps_a_member_of_the_closest_pair_for_a_farther_offer():
 def test_an_unknown_policy_names_those_that_exist():
     with pytest.raises(ConfigError, match="choose one of dss, eoe"):
         policies.load("nonsense")
+
+
+@pytest.mark.parametrize("pair", ["eoe-dss", "eoe-idd", "dss-idd"])
+def test_a_pair_looks_at_both_of_its_scores_and_not_at_the_third(pair):
+    looks = pair.split("-")
+    selector, evicted = make_selector(pair, bins=8), 0
+    for dialogue, rows in Stream(seed=11).take(150):
+        decision, buffer = selector.decide(dialogue, rows), selector.buffer
+        now = {"eoe": buffer.eoe, "dss": buffer.dss, "idd": buffer.idd}
+        lower = {s for s in buffer.entries if all(now[n][s] < getattr(decision.scores, n) for n in looks)}
+        assert set(decision.evicted) <= lower
+        assert (decision.action == "kept") == (bool(lower) or len(buffer) < 8)
+        evicted += len(decision.evicted)
+        selector.apply(decision)
+    assert evicted > 0
+
+
+def test_domains_stay_of_equal_size_where_the_stream_is_lopsided():
+    draws = np.random.default_rng(0)
+    words = {"cat": 300, "soup": 60, "hammer": 30}  # one word a domain
+    order = draws.permutation([word for word, n in words.items() for _ in range(n)])
+    selector = make_selector("domain-balanced", bins=12)
+    for i, word in enumerate(order):
+        selector.offer(Dialogue(f"{word} {i}", "yes"), draws.normal(size=(5, WIDTH)).astype(np.float32))
+    sizes = Counter(e.domain for e in selector.buffer.entries.values())
+    assert sizes == {"animals": 4, "food": 4, "work": 4}
+
+
+def test_domain_balanced_is_a_reservoir_where_there_is_one_domain():
+    draws, kept = np.random.default_rng(1), Counter()
+    rows = [draws.normal(size=(3, WIDTH)).astype(np.float32) for _ in range(40)]
+    for seed in range(120):
+        selector = make_selector("domain-balanced", bins=10, seed=seed)
+        for i, tokens in enumerate(rows):
+            selector.offer(Dialogue(f"cat {i}", "yes"), tokens)
+        kept.update(e.seq for e in selector.buffer.entries.values())
+    halves = [sum(kept[i] for i in part) / 120 for part in (range(1, 21), range(21, 41))]
+    assert halves == pytest.approx([5, 5], abs=0.6)
+
+
+def test_near_duplicates_stay_out_of_a_full_reservoir_and_leave_first():
+    draws = np.random.default_rng(2)
+    base = draws.normal(size=(12, 1, WIDTH))
+    selector, seen = make_selector("dedup-reservoir", bins=12), 0
+    for i in range(600):
+        subject = 0 if i < 6 else i % 12  # the buffer fills with six near-duplicates
+        rows = base[subject] + 0.01 * draws.normal(size=(4, WIDTH))
+        before = selector.buffer.vectors @ _unit(rows.mean(0)) if len(selector.buffer) else np.zeros(1)
+        decision = selector.offer(Dialogue(f"{i}", "yes"), rows.astype(np.float32))
+        if len(selector.buffer) == 12 and decision.evicted:
+            seen += 1
+            assert before.max() < 0.97
+    alike = selector.buffer.vectors @ selector.buffer.vectors.T
+    assert seen > 0
+    assert (alike >= 0.97).sum() == 12  # each is near itself alone
+
+
+def test_kcenter_is_facility_location_over_what_is_kept_and_the_offer():
+    """An entry may go where the sum of similarities to the nearest kept one rises, the most gain first."""
+    selector, swaps = make_selector("kcenter", bins=6, vectors="float32"), 0
+    for dialogue, rows in Stream(seed=4).take(120):
+        kept, offer = selector.buffer.vectors.astype(np.float64), _unit(rows.astype(np.float64).mean(0))
+        full = len(kept) == 6
+        decision = selector.decide(dialogue, rows)
+        if full:
+            every = np.vstack([kept, offer])
+            covered = [(every @ np.delete(every, i, axis=0).T).max(axis=1).sum() for i in range(7)]
+            gains = np.array(covered[:6]) - covered[6]  # entry i out and the offer in, against the offer out
+            assert (decision.action == "kept") == bool(gains.max() > 1e-6) or abs(gains.max()) < 1e-6
+            if decision.evicted:
+                swaps += 1
+                (slot,) = decision.evicted
+                assert gains[selector.buffer.used.tolist().index(slot)] == pytest.approx(gains.max(), abs=1e-6)
+        selector.apply(decision)
+    assert swaps > 3
+
+
+def _unit(vector):
+    return vector / np.linalg.norm(vector)

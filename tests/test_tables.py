@@ -167,3 +167,17 @@ def test_check_fails_until_the_tables_are_written(tmp_path: Path, capsys: pytest
 def test_a_block_without_results_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="table:import has no results; there are eoe"):
         tables.rewrite(README, [stored(bench="eoe")])
+
+
+def test_the_study_has_a_table_of_its_own() -> None:
+    pytest.importorskip("scipy")
+    cell = {"set": "a", "policy": "reservoir", "order": "shuffled", "seed": 0, "bins": 32}
+    cell |= {"max_bytes": None, "variants": 0, "interval": None}
+    base = {"cell": cell, "protocol": "p", "time": "t", "items": "i", "nll": [2.0, 3.0], "rouge1": [0.5, 0.5]}
+    lines = [base, {**base, "cell": {**cell, "policy": "sdss"}, "nll": [1.5, 2.5], "rouge1": [0.5, 0.5]}]
+    block = "<!-- table:study -->\nold\n<!-- /table -->\n"
+    made = tables.rewrite(block, [], lines)
+    assert "| sdss | +0.000 (+0.000 to +0.000) | -0.500 (-0.500 to -0.500) |" in made
+    assert tables.rewrite(made, [], lines) == made
+    with pytest.raises(ValueError, match="table:study has no results"):
+        tables.rewrite(block, [])

@@ -224,7 +224,14 @@ class LanguageModel:
             for weight in trainable:
                 weight.requires_grad_(True)
 
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any, keep: int) -> Any:
+    def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any, keep: torch.Tensor
+    ) -> Any:
+        """`keep`: the positions that have logits, int64.
+
+        Named one by one, their states are copied; a slice of them, which a number asks for, would make the head's
+        product one a row, each with a copy of the head.
+        """
         options = {"position_ids": positions, "logits_to_keep": keep}
         taken = {name: value for name, value in options.items() if name in self._accepts}
         if cache is not None:
@@ -232,7 +239,9 @@ class LanguageModel:
         return self.model(input_ids=ids, attention_mask=mask, **taken)
 
     def _step(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> Any:
-        return self._forward(ids, mask, positions, cache, 1)
+        import torch
+
+        return self._forward(ids, mask, positions, cache, torch.tensor([ids.shape[1] - 1], device=self.device))
 
     def _decode(
         self,
@@ -280,9 +289,12 @@ class LanguageModel:
             label[keep - len(answer) :] = torch.tensor(answer)
         with torch.no_grad():
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            logits = self._forward(ids, mask, positions, None, keep + 1).logits[:, -keep - 1 : -1]
+            predicts = torch.arange(ids.shape[1] - keep - 1, ids.shape[1] - 1, device=self.device)
+            logits = self._forward(ids, mask, positions, None, predicts).logits
+            if logits.shape[1] != keep:  # the model knows no logits_to_keep
+                logits = logits[:, predicts]
             losses = torch.nn.functional.cross_entropy(
-                logits.float().transpose(1, 2), labels, reduction="none", ignore_index=_NO_LABEL
-            )
+                logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=_NO_LABEL
+            ).view(labels.shape)
         counts = (labels != _NO_LABEL).sum(dim=1)
         return (losses.double().sum(dim=1) / counts).cpu().numpy()
