@@ -1,6 +1,7 @@
 """Decode and prefill of a bundle, llama.cpp and transformers, block by block in turn: see benchmarks/inference.py.
 
-The blocks are kept in a file, so that a run may come in portions; a round, one block of each, is never cut.
+The blocks are kept in a file after every two rounds, one block of each and the same in reverse, so that a run may come
+in portions or be stopped.
 """
 
 from __future__ import annotations
@@ -42,20 +43,22 @@ def speed(subject: Subject, peers: Peers, rounds: int, portion: int) -> Iterator
     """Goes on with the rounds, at most `portion` of them; yields the lines when there are `rounds`."""
     kept = subject.work / "blocks.json"
     known: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    blocks: Blocks = known.get("blocks", {})
+    count = len(next(iter(blocks.values()), []))
     with ExitStack() as stack:
-        functions, facts = _candidates(subject, peers, stack)
-        blocks: Blocks = known.get("blocks") or {name: [] for name in functions}
-        if set(blocks) != set(functions):
+        functions, facts = _candidates(subject, peers, stack) if count < rounds else ({}, {})
+        if functions and blocks and set(blocks) != set(functions):
             raise SystemExit(f"inference: {kept} is of other candidates; remove it, or name the same")
-        done = len(next(iter(blocks.values())))
-        more = min(portion, rounds - done)
-        taken = in_turn(functions, blocks=more, seed=done) if more > 0 else {}
-    blocks = {name: blocks[name] + taken.get(name, []) for name in blocks}
-    kept.write_text(json.dumps({"blocks": blocks, "facts": {**known.get("facts", {}), **facts}}), encoding="utf-8")
-    count = len(next(iter(blocks.values())))
-    print(f"speed: {count} of {rounds} rounds", flush=True)
+        facts = {**known.get("facts", {}), **facts}
+        end = min(rounds, count + portion)
+        while count < end:  # two rounds mirror each other
+            for name, more in in_turn(functions, blocks=min(2, end - count), seed=count).items():
+                blocks.setdefault(name, []).extend(more)
+            count = len(next(iter(blocks.values())))
+            kept.write_text(json.dumps({"blocks": blocks, "facts": facts}), encoding="utf-8")
+            print(f"speed: {count} of {rounds} rounds", flush=True)
     if count >= max(rounds, LEAST_BLOCKS):
-        yield from lines(blocks, {**subject.facts, **known.get("facts", {}), **facts})
+        yield from lines(blocks, {**subject.facts, **facts})
 
 
 def _candidates(

@@ -46,7 +46,7 @@ def test_a_bundle_is_read_as_it_was_written_and_verifies(tmp_path: Path) -> None
         (lambda f: (f / "model.onnx").unlink(), "model.onnx is missing"),
         (lambda f: (f / "model.onnx").write_bytes(b"x"), "model.onnx has 1 bytes, not 40000"),
         (lambda f: (f / "config/generation.json").write_bytes(b"[]"), "generation.json has other bytes"),
-        (lambda f: (f / "manifest.json").unlink(), "No such file"),
+        (lambda f: (f / "manifest.json").unlink(), "there is no manifest.json in it"),
         (lambda f: (f / "manifest.json").write_text("{"), "no valid JSON"),
     ],
 )

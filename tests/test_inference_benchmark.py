@@ -97,3 +97,18 @@ def test_what_times_itself_is_called_in_rounds_that_mirror_each_other() -> None:
     assert rounds[1] == rounds[0][::-1]
     assert rounds[3] == rounds[2][::-1]
     assert taken == {name: [[1.0]] * 4 for name in "abc"}
+
+
+def test_a_run_in_portions_goes_on_and_tells_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    functions = {name: lambda name=name: calls.append(name) or [SECONDS[name]] for name in SECONDS}
+    monkeypatch.setattr(inference_speed, "_candidates", lambda *_: (functions, {"provider": "cpu"}))
+    subject, told = inference.Subject(tmp_path, 2), []
+    for portion in (3, 3, 3):
+        told.append(list(inference_speed.speed(subject, inference.Peers(), 8, portion)))
+    assert [len(lines) > 0 for lines in told] == [False, False, True]
+    assert len(calls) == 8 * len(SECONDS)
+    assert {line["settings"]["provider"] for line in told[-1]} == {"cpu"}
+    monkeypatch.setattr(inference_speed, "_candidates", lambda *_: ({"another": lambda: [1.0]}, {}))
+    with pytest.raises(SystemExit, match="other candidates"):
+        list(inference_speed.speed(subject, inference.Peers(), 9, 1))
