@@ -183,7 +183,7 @@ def refuses(trt: Any, plugin: Any, both: list[Any], position: int, inputs: int) 
 
 
 def engine_program(trt: Any, folder: str) -> dict[str, Any]:
-    """What build_engine.py does with the plugins, by NVIDIA's names: the network's flags, the layers kept in float32."""
+    """What build_engine.py does with the plugins, by NVIDIA's names: the network's flags, layers kept in float32."""
     template = Path(__file__).parents[3] / "edge_sdss/exporting/_tensorrt/build_engine.py.in"
     text = Template(template.read_text(encoding="utf-8")).substitute(need_mib=1, workspace_mib=1)
     program: dict[str, Any] = {"__file__": str(Path(folder) / "build_engine.py"), "__name__": "engine"}
