@@ -213,7 +213,7 @@ class Machine:
             self._shuffle(opcode, *operands)
         elif opcode.startswith("redux.sync."):
             self._reduce(opcode, *operands)
-        elif any(isinstance(operand, tuple) and type(operand) is tuple for operand in operands) and opcode == "mov.b32":
+        elif opcode == "mov.b32" and tuple in map(type, operands):
             self._pack(*operands)
         elif operation := OPS.get(opcode):
             to, kinds, function = operation
