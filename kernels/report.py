@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,7 @@ def dump(image: Path, option: str) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
+@cache
 def compiled(jetpack: str, ending: str, architecture: str) -> dict[str, Compiled]:
     """Entry -> what the machine code for an architecture holds."""
     found = {}
@@ -179,6 +181,7 @@ def limit(entry: str) -> float | None:
     return next((most for word, most in LIMITS.items() if word in entry), None)
 
 
+@cache
 def costs() -> dict[str, dict[tuple[str, int], Cost]]:
     """Entry -> (JetPack, width) -> cost."""
     found: dict[str, dict[tuple[str, int], Cost]] = {}

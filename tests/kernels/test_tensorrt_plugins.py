@@ -32,6 +32,7 @@ LAUNCHES = {
     "centered_entropy": ("plugin_centered_entropy_f32", [4, 1, 1], [4, 52]),
     "dissimilarity": ("plugin_dissimilarity_f32", [1, 1, 1], [4, 52]),
 }
+KEPT = ["OBEY_PRECISION_CONSTRAINTS", "edge_sdss/squares"]
 X = ("FLOAT", "HALF", "BF16")
 FORMATS = {
     "ragged_mean": [(x, "INT64", "FLOAT") for x in X],
@@ -70,6 +71,8 @@ def test_plugins_from_ptx(version, tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["version"].startswith(version)
     assert found["plugins"].keys() == SHAPES.keys()
+    assert found["engine"]["flags"] > 0
+    assert found["engine"]["kept"] == KEPT
     for name, facts in found["plugins"].items():
         assert facts["shape"] == SHAPES[name]
         assert facts["types"] == ["FLOAT"]
@@ -85,6 +88,7 @@ def test_plugins_of_jetpack_6(tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["version"].startswith("10.3")
     assert found["plugins"].keys() == SHAPES.keys()
+    assert found["engine"] == {"flags": 0, "kept": KEPT}
     for name, facts in found["plugins"].items():
         assert facts["shape"] == SHAPES[name]
         assert facts["types"] == ["FLOAT"]

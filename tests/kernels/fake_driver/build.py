@@ -74,7 +74,7 @@ def _build(work: Path) -> None:
     for wheel in work.glob("nvidia*.whl"):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(work / "cuda")
-    _run(*pip, "download", "--no-deps", "--no-binary=:all:", "-d", str(work), PYCUDA)
+    _run(*pip, "download", "--no-deps", "--no-binary=pycuda", "-d", str(work), PYCUDA)
     with tarfile.open(next(work.glob("pycuda*.tar.gz"))) as archive:
         archive.extractall(work, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     source = next(path for path in work.glob("pycuda-*") if path.is_dir())

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from string import Template
 from types import SimpleNamespace
 from typing import Any
 
@@ -181,6 +182,36 @@ def refuses(trt: Any, plugin: Any, both: list[Any], position: int, inputs: int) 
     return not any(answers)
 
 
+def engine_program(trt: Any, folder: str) -> dict[str, Any]:
+    """What build_engine.py does with the plugins, by NVIDIA's names: the network's flags, layers kept in float32."""
+    template = Path(__file__).parents[3] / "edge_sdss/exporting/_tensorrt/build_engine.py.in"
+    text = Template(template.read_text(encoding="utf-8")).substitute(need_mib=1, workspace_mib=1)
+    program: dict[str, Any] = {"__file__": str(Path(folder) / "build_engine.py"), "__name__": "engine"}
+    exec(compile(text, "build_engine.py", "exec"), program)
+    flags = program["load_plugins"](trt)
+    kinds = trt.LayerType
+    named = {
+        "edge_sdss/mean": (kinds.PLUGIN_V3, trt.float32),
+        "edge_sdss/squares": (kinds.ELEMENTWISE, trt.float32),
+        "edge_sdss/columns": (kinds.CONSTANT, trt.int64),
+        "layers.0": (kinds.ELEMENTWISE, trt.float32),
+    }
+    kept: list[str] = []
+
+    def layer(name: str) -> SimpleNamespace:
+        kind, type_ = named[name]
+        output = SimpleNamespace(dtype=type_)
+        return SimpleNamespace(
+            name=name, type=kind, get_output=lambda i: output, set_output_type=lambda i, to: kept.append(name)
+        )
+
+    layers = [layer(name) for name in named]
+    network = SimpleNamespace(num_layers=len(layers), get_layer=lambda i: layers[i])
+    config = SimpleNamespace(set_flag=lambda flag: kept.append(str(flag).removeprefix("BuilderFlag.")))
+    program["keep_float32"](trt, network, config)
+    return {"flags": flags, "kept": kept}
+
+
 def main(version: str, folder: str) -> None:
     is_v3 = version == "10.3"
     if is_v3:
@@ -210,7 +241,8 @@ def main(version: str, folder: str) -> None:
         execute(out)
         facts["error"] = float(np.abs(out - wanted[name]).max())
         found[name] = facts
-    print(json.dumps({"version": trt.__version__, "plugins": found}), flush=True)
+    engine = engine_program(trt, folder)
+    print(json.dumps({"version": trt.__version__, "plugins": found, "engine": engine}), flush=True)
     os._exit(0)  # the layer's own end needs the library
 
 

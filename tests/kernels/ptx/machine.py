@@ -6,7 +6,6 @@ there together. Knows nothing of PTX's syntax.
 
 from __future__ import annotations
 
-import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ptx import decode
 from ptx.memory import Memory, Traffic
 from ptx.ops import DTYPES, OPS
 from ptx.parser import (
@@ -37,8 +37,6 @@ from ptx.shared import Shared
 Array = npt.NDArray[Any]
 LANES = 32
 MOST_THREADS = 1 << 15  # at once; larger grids are run in parts
-AMONG_LANES = ("shfl.", "redux.")
-BRANCHES = ("bra", "bra.uni", "ret", "exit")
 
 
 @dataclass
@@ -77,7 +75,7 @@ def run(
         raise PtxError(f"{entry}: blocks of {block3} threads; it takes a multiple of {LANES} up to {limit}, in x")
     if min(grid3) < 1 or grid3[2] > 1:
         raise PtxError(f"{entry}: a grid of {grid3} blocks")
-    values = _arguments(program, args)
+    values = decode.arguments(program, args)
     counts = Counts()
     blocks = grid3[0] * grid3[1]
     step = max(1, MOST_THREADS // threads)
@@ -87,20 +85,6 @@ def run(
             Machine(program, part, grid3, threads, values, memory, ulps).run(counts)
     counts.reads, counts.writes = memory.traffic()
     return counts
-
-
-def _arguments(program: Program, args: Sequence[Any]) -> dict[str, np.generic]:
-    if len(args) != len(program.parameters):
-        raise PtxError(f"{program.name}: {len(args)} arguments, {len(program.parameters)} parameters")
-    values = {}
-    for (name, kind), value in zip(program.parameters.items(), args, strict=True):
-        if kind.startswith("f") != isinstance(value, float | np.floating):
-            raise PtxError(f"{program.name}: {value!r} for a parameter of type {kind}")
-        if not kind.startswith("f") and not -(1 << 8 * SIZES[kind] - 1) <= int(value) < 1 << 8 * SIZES[kind]:
-            raise PtxError(f"{program.name}: {value!r} does not fit {kind}")
-        raw = struct.pack("<f", value) if kind == "f32" else (int(value) % (1 << 8 * SIZES[kind])).to_bytes(8, "little")
-        values[name] = np.frombuffer(raw, DTYPES[kind], 1)[0]
-    return values
 
 
 class Machine:
@@ -134,7 +118,7 @@ class Machine:
         self.random = np.random.default_rng(0)
 
     def run(self, counts: Counts) -> None:
-        ends = _ends(self.program)
+        ends = decode.ends(self.program)
         while self.alive.any():
             runnable = self.alive & ~self.waiting
             if not runnable.any():
@@ -166,7 +150,7 @@ class Machine:
         for place in np.unique(self.at[runnable]).tolist():
             here = runnable & (self.at == place)
             instruction = self.program.instructions[place]
-            if instruction.opcode.startswith(AMONG_LANES):
+            if instruction.opcode.startswith(decode.AMONG_LANES):
                 here = np.repeat(here.reshape(-1, LANES).all(axis=1), LANES)
             if here.any():
                 return place, here
@@ -190,7 +174,7 @@ class Machine:
         opcode, operands = instruction.opcode, instruction.operands
         if instruction.guard is None:
             return self._apply(opcode, operands)
-        if opcode not in BRANCHES:
+        if opcode not in decode.BRANCHES:
             whole, full = self.active, self.full
             self._only(whole & (self._read(instruction.guard, "pred") ^ instruction.negated))
             self._apply(opcode, operands)
@@ -205,7 +189,7 @@ class Machine:
         self.__dict__.pop("lanes", None)
 
     def _apply(self, opcode: str, operands: tuple[Operand, ...]) -> None:
-        if opcode in BRANCHES:
+        if opcode in decode.BRANCHES:
             self._branch(opcode, operands, self.active)
         elif opcode == "bar.sync" and operands == (Immediate("0"),):
             self.waiting |= self.active
@@ -213,7 +197,7 @@ class Machine:
             self._shuffle(opcode, *operands)
         elif opcode.startswith("redux.sync."):
             self._reduce(opcode, *operands)
-        elif any(isinstance(operand, tuple) and type(operand) is tuple for operand in operands) and opcode == "mov.b32":
+        elif opcode == "mov.b32" and tuple in map(type, operands):
             self._pack(*operands)
         elif operation := OPS.get(opcode):
             to, kinds, function = operation
@@ -296,7 +280,7 @@ class Machine:
             values = self.shared.load(self.block_of[self.lanes], self._thread(), where, dtype, count)
         else:
             values = self.memory.load(where, dtype, count)
-        for register, column in zip(_registers(to, count), values.T, strict=True):
+        for register, column in zip(decode.registers(to, count), values.T, strict=True):
             whole = np.zeros(self.count, dtype)
             whole[self.lanes] = column
             self._write(register, *self._widened(register, whole, kind))
@@ -312,7 +296,7 @@ class Machine:
     def store(self, space: str, kind: str, count: int, address: Operand, value: Operand) -> None:
         if not self.lanes.size:
             return
-        columns = [np.broadcast_to(self._read(r, kind), self.count)[self.lanes] for r in _registers(value, count)]
+        columns = [np.broadcast_to(self._read(r, kind), self.count)[self.lanes] for r in decode.registers(value, count)]
         where, values = self._addresses(address), np.stack(columns, axis=1)
         if space == "shared":
             self.shared.store(self.block_of[self.lanes], self._thread(), where, values)
@@ -336,7 +320,7 @@ class Machine:
         if isinstance(operand, Special) and dtype.itemsize == 4:
             return self.special[operand.name].view(dtype)
         if isinstance(operand, Immediate):
-            return _immediate(operand.text, dtype)
+            return decode.immediate(operand.text, dtype)
         if isinstance(operand, Symbol) and operand.name in self.program.shared:
             return dtype.type(self.program.shared[operand.name])
         raise PtxError(f"unknown operand {operand}")
@@ -353,38 +337,6 @@ class Machine:
         if register is None:
             register = self.registers[operand.name] = np.full(self.count, -1).astype(raw)
         np.copyto(register, value.view(raw), where=True if self.full else self.active)
-
-
-def _immediate(text: str, dtype: np.dtype[Any]) -> Any:
-    if text[:2] in ("0f", "0F"):
-        if dtype.itemsize != 4:
-            raise PtxError(f"{text} as {dtype}")
-        return np.frombuffer(int(text[2:], 16).to_bytes(4, "little"), dtype)[0]
-    if dtype == np.bool_:
-        return np.bool_(int(text, 0) != 0)
-    value = int(text, 0)
-    if dtype.kind == "f" or not -(1 << 8 * dtype.itemsize - 1) <= value < 1 << 8 * dtype.itemsize:
-        raise PtxError(f"{text} as {dtype}")
-    return np.frombuffer((value % (1 << 8 * dtype.itemsize)).to_bytes(8, "little"), dtype, 1)[0]
-
-
-def _registers(operand: Operand, count: int) -> tuple[Operand, ...]:
-    registers = operand if type(operand) is tuple else (operand,)
-    if len(registers) != count:
-        raise PtxError("another number of registers than the vector has")
-    return registers
-
-
-def _ends(program: Program) -> dict[int, int]:
-    """First instruction of each basic block -> its last."""
-    starts, size = {0, *program.labels.values()}, len(program.instructions)
-    for number, instruction in enumerate(program.instructions):
-        if instruction.opcode in BRANCHES or instruction.opcode.startswith("bar."):
-            starts.add(number + 1)
-        if instruction.opcode.startswith(AMONG_LANES):
-            starts |= {number, number + 1}
-    ordered = sorted(start for start in starts if start < size)
-    return {a: b - 1 for a, b in zip(ordered, [*ordered[1:], size], strict=True)}
 
 
 def _moves() -> dict[str, Callable[..., None]]:
