@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import multiprocessing
 import os
 import signal
+import threading
 from collections import Counter
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -151,13 +153,31 @@ def test_a_torn_line_is_no_line_and_does_no_harm(tmp_path: Path) -> None:
     ledger.append(line_of(first))
     with ledger.path.open("a") as file:
         file.write('{"cell": {"set": "a", "pol')
-    assert ledger.has(first, "p")
-    assert not ledger.has(second, "p")
+    assert ledger.done("p") == {first}
+    assert ledger.done("q") == set()
     ledger.append(line_of(second))
     assert [line["cell"]["policy"] for line in ledger.lines()] == ["fifo", "random"]
     with pytest.raises(ValueError, match="JSON compliant"):
         ledger.append(line_of(second, nll=math.nan))
     assert len(ledger.lines()) == 2
+
+
+def test_append_waits_for_another_writer(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "r.jsonl", tmp_path / "claims")
+    ledger.append(line_of(Cell("a", "fifo")))
+    with ledger.path.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write("half a li")  # another process is in the middle of a line
+        other.flush()
+        writer = threading.Thread(target=ledger.append, args=(line_of(Cell("a", "random")),))
+        writer.start()
+        writer.join(0.3)
+        assert writer.is_alive()
+        other.truncate(other.tell() - len("half a li"))
+        other.seek(0, 2)
+        other.write(json.dumps(line_of(Cell("a", "sdss"))) + "\n")
+    writer.join(30)
+    assert [line["cell"]["policy"] for line in ledger.lines()] == ["fifo", "sdss", "random"]
 
 
 def _work(path: Path, claims: Path, cells: list[Cell]) -> None:
@@ -245,9 +265,11 @@ def test_an_interval_is_about_what_theory_gives_and_sets_count_the_same() -> Non
     draws = np.random.default_rng(1)
     items = draws.normal(0.02, 0.1, (1, 400))
     found = analysis.contrast([items])
-    half = 1.96 * items.std() / 20
     assert found.mean == pytest.approx(items.mean())
-    assert (found.hi - found.lo) / 2 == pytest.approx(half, rel=0.1)
+    assert (found.hi - found.lo) / 2 == pytest.approx(1.96 * items.std() / 20, rel=0.1)
+    runs = draws.normal(0.02, 0.1, (6, 1))
+    by_run = analysis.contrast([np.repeat(runs, 50, axis=1)])
+    assert (by_run.hi - by_run.lo) / 2 == pytest.approx(2.571 * runs.std(ddof=1) / math.sqrt(6), rel=0.1)
     both = analysis.contrast([np.full((2, 10), 1.0), np.full((6, 500), 0.0)])
     assert both.mean == pytest.approx(0.5)
     same = analysis.contrast([np.zeros((6, 50))])
@@ -399,3 +421,5 @@ def test_the_program_goes_on_where_it_was_and_refuses_politely(
     monkeypatch.undo()
     assert study.main(["run", "--grid", "main", "--results", str(tmp_path / "s.jsonl"), "--cache", str(tmp_path)]) == 2
     assert "--data" in capsys.readouterr().err
+    assert study.main(["run", "--set", "dolly", "--results", str(tmp_path / "s.jsonl"), "--cache", str(tmp_path)]) == 2
+    assert "--confirm POLICY" in capsys.readouterr().err
