@@ -59,8 +59,13 @@ class Bench:
 
     @cached_property
     def lexicon(self) -> lexicon.Lexicon:
-        """The lists that name topics and score DSS."""
+        """The lists that score DSS and name the domains of IDD."""
         return lexicon.load(self.settings.selection.lexicons)
+
+    @cached_property
+    def topics(self) -> lexicon.Lexicon:
+        """The lists that name the topics by which streams are ordered: finer, since one set may be of one domain."""
+        return lexicon.categories()
 
     def material(self, name: str) -> sets.Material:
         """A set, read once."""
@@ -107,7 +112,7 @@ class Bench:
         material = self.material(cell.set)
         if cell.policy == NONE:
             return Kept([[]], [0], 0, 0, 0, 0.0)
-        topics = [self.lexicon.hits(d.text).domain for d in material.stream]
+        topics = [self.topics.hits(d.text).domain for d in material.stream]
         stream = streams.arrange(cell.order, material.stream, topics, cell.seed)
         if cell.policy == FULL:
             return Kept([stream], [len(stream)], len(stream), len(stream), 0, 0.0)
