@@ -376,14 +376,16 @@ def test_a_cell_measures_every_item_and_keeps_to_its_budget(bench: Any) -> None:
 
 
 def test_policies_that_keep_the_same_share_a_training_and_no_other_do(bench: Any) -> None:
-    first = bench.run(Cell("alpaca", "first", bins=8))
-    other = bench.run(Cell("alpaca", "first", bins=8, seed=1))
-    assert not other["reused"]
-    natural = bench.run(Cell("alpaca", "first", order="natural", bins=8))
-    same = bench.run(Cell("alpaca", "first", order="natural", bins=8, max_bytes=None, seed=0))
-    assert natural["kept"] != first["kept"]
-    assert not natural["reused"]
-    assert same["reused"]
+    def first(**changes: Any) -> dict[str, Any]:
+        line: dict[str, Any] = bench.run(Cell("alpaca", "first", **{"order": "natural", "bins": 8} | changes))
+        return line
+
+    assert not first()["reused"]
+    assert bench.run(Cell("alpaca", "reservoir", bins=40, order="blocked"))["reused"] is False
+    assert bench.run(Cell("alpaca", "fifo", bins=40))["reused"]  # there was room for all
+    unlike = [first(seed=1), first(order="shuffled"), first(bins=7), first(interval=20)]
+    assert [line["reused"] for line in unlike] == [False] * 4
+    assert unlike[0]["kept"] == unlike[3]["kept"] == first()["kept"]
 
 
 def test_bytes_rounds_variants_and_the_whole_stream(bench: Any) -> None:
