@@ -275,8 +275,9 @@ def test_an_interval_is_about_what_theory_gives_and_sets_count_the_same() -> Non
     same = analysis.contrast([np.zeros((6, 50))])
     assert (same.lo, same.hi, same.p) == (0, 0, 1)
     assert analysis.verdict(same, 1.0, "nll") == "tie"
-    assert analysis.verdict(by_run, 0.01, "nll") == "worse"
-    assert analysis.verdict(by_run, 0.01, "rouge1") == "better"
+    higher = analysis.Contrast(0.1, 0.05, 0.15, 0.01, runs=6, items=9)
+    assert analysis.verdict(higher, 0.01, "nll") == "worse"
+    assert analysis.verdict(higher, 0.01, "rouge1") == "better"
     assert analysis.verdict(found, 0.01, "nll") == "one run"
 
 
