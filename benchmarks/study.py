@@ -28,7 +28,7 @@ from quality.protocol import Cell, Protocol
 from quality.sets import DEMO
 
 from edge_sdss import console, default_model, device
-from edge_sdss.errors import EdgeSdssError
+from edge_sdss.errors import EdgeSdssError, InputError, message
 
 QUICK_OUT = Path("study-out")
 
@@ -38,6 +38,9 @@ def chosen(given: argparse.Namespace) -> list[Cell]:
     if given.quick:
         return protocol.quick((given.set or [DEMO if given.data is None else protocol.DEVELOPMENT[0]])[0])
     grids = protocol.grids()
+    if not given.confirm and (kept := sorted(set(given.set or ()) & set(protocol.CONFIRMATION))):
+        found = f"{', '.join(kept)} are for confirming a finished policy (ADR 18)"
+        raise InputError(message("run the study", found, "name the policy: --confirm POLICY"))
     if given.confirm:
         cells = protocol.confirmation(given.confirm)
     else:
@@ -51,12 +54,15 @@ def chosen(given: argparse.Namespace) -> list[Cell]:
 def run(given: argparse.Namespace, ledger: Ledger, settings: Protocol) -> int:
     """Runs what is left, and returns how many cells this process has done."""
     cells, done = chosen(given), 0
+    before = ledger.done(settings.digest)
     made_at = results.commit()
     with console.progress() as progress:
         bench = Bench(settings, given.data, given.cache, progress)
         for number, cell in enumerate(cells, start=1):
             if given.limit is not None and done >= given.limit:
                 break
+            if cell in before:
+                continue
             with ledger.claim(cell, settings.digest) as mine:
                 if not mine:
                     continue
@@ -83,7 +89,7 @@ def _stamp(made_at: str) -> dict[str, object]:
 
 def status(given: argparse.Namespace, ledger: Ledger, settings: Protocol) -> None:
     """Prints done / all of each part of the grid."""
-    done = {Cell(**line["cell"]) for line in ledger.lines() if line["protocol"] == settings.digest}
+    done = ledger.done(settings.digest)
     for name, cells in protocol.grids().items():
         print(f"{name:12} {len(done.intersection(cells)):4} of {len(cells):4}")
     print(

@@ -108,11 +108,21 @@ def _terms(file: Path) -> list[str]:
     return [line for line in lines if not line.startswith("#")]
 
 
+def categories() -> Lexicon:
+    """The default lists without their grouping, a domain for each: finer topics. Raises what `load` raises."""
+    terms = _empath_categories()
+    return Lexicon({name: terms[name] for names in DOMAINS.values() for name in names})
+
+
 def _empath_lists() -> dict[str, list[str]]:
+    terms = _empath_categories()
+    return {domain: [t for name in names for t in terms[name]] for domain, names in DOMAINS.items()}
+
+
+def _empath_categories() -> dict[str, list[str]]:
     spec = importlib.util.find_spec("empath")  # finds the folder without importing its code
     if spec is None or not spec.submodule_search_locations:
         raise BackendUnavailable(message("use the default lexicon", "no `empath` here", "pip install empath"))
     table = Path(spec.submodule_search_locations[0]) / "data" / "categories.tsv"
     rows = (line.split("\t") for line in table.read_text(encoding="utf-8").splitlines())
-    terms = {row[0]: row[1:] for row in rows}
-    return {domain: [t for name in names for t in terms[name]] for domain, names in DOMAINS.items()}
+    return {row[0]: row[1:] for row in rows}

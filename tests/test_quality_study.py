@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import multiprocessing
 import os
 import signal
+import threading
 from collections import Counter
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -151,13 +153,31 @@ def test_a_torn_line_is_no_line_and_does_no_harm(tmp_path: Path) -> None:
     ledger.append(line_of(first))
     with ledger.path.open("a") as file:
         file.write('{"cell": {"set": "a", "pol')
-    assert ledger.has(first, "p")
-    assert not ledger.has(second, "p")
+    assert ledger.done("p") == {first}
+    assert ledger.done("q") == set()
     ledger.append(line_of(second))
     assert [line["cell"]["policy"] for line in ledger.lines()] == ["fifo", "random"]
     with pytest.raises(ValueError, match="JSON compliant"):
         ledger.append(line_of(second, nll=math.nan))
     assert len(ledger.lines()) == 2
+
+
+def test_append_waits_for_another_writer(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "r.jsonl", tmp_path / "claims")
+    ledger.append(line_of(Cell("a", "fifo")))
+    with ledger.path.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write("half a li")  # another process is in the middle of a line
+        other.flush()
+        writer = threading.Thread(target=ledger.append, args=(line_of(Cell("a", "random")),))
+        writer.start()
+        writer.join(0.3)
+        assert writer.is_alive()
+        other.truncate(other.tell() - len("half a li"))
+        other.seek(0, 2)
+        other.write(json.dumps(line_of(Cell("a", "sdss"))) + "\n")
+    writer.join(30)
+    assert [line["cell"]["policy"] for line in ledger.lines()] == ["fifo", "sdss", "random"]
 
 
 def _work(path: Path, claims: Path, cells: list[Cell]) -> None:
@@ -245,14 +265,20 @@ def test_an_interval_is_about_what_theory_gives_and_sets_count_the_same() -> Non
     draws = np.random.default_rng(1)
     items = draws.normal(0.02, 0.1, (1, 400))
     found = analysis.contrast([items])
-    half = 1.96 * items.std() / 20
     assert found.mean == pytest.approx(items.mean())
-    assert (found.hi - found.lo) / 2 == pytest.approx(half, rel=0.1)
+    assert (found.hi - found.lo) / 2 == pytest.approx(1.96 * items.std() / 20, rel=0.1)
+    runs = draws.normal(0.02, 0.1, (6, 1))
+    by_run = analysis.contrast([np.repeat(runs, 50, axis=1)])
+    assert (by_run.hi - by_run.lo) / 2 == pytest.approx(2.571 * runs.std(ddof=1) / math.sqrt(6), rel=0.1)
     both = analysis.contrast([np.full((2, 10), 1.0), np.full((6, 500), 0.0)])
     assert both.mean == pytest.approx(0.5)
     same = analysis.contrast([np.zeros((6, 50))])
     assert (same.lo, same.hi, same.p) == (0, 0, 1)
     assert analysis.verdict(same, 1.0, "nll") == "tie"
+    higher = analysis.Contrast(0.1, 0.05, 0.15, 0.01, runs=6, items=9)
+    assert analysis.verdict(higher, 0.01, "nll") == "worse"
+    assert analysis.verdict(higher, 0.01, "rouge1") == "better"
+    assert analysis.verdict(found, 0.01, "nll") == "one run"
 
 
 def result(policy: str, seed: int = 0, shift: float = 0.0, **more: Any) -> dict[str, Any]:
@@ -289,6 +315,7 @@ def test_the_report_says_what_the_results_say(tmp_path: Path) -> None:
     lines += [result("random", seed, set=name) for name in ("alpaca", "esconv") for seed in range(6)]
     lines += [result("none", set="alpaca", shift=0.5)]
     lines += [result(p, seed, bins=8) for p in ("sdss", "reservoir") for seed in range(2)]
+    lines += [result(p, 0, shift=9.0 if p == "sdss" else 0.0, order="blocked") for p in ("sdss", "reservoir")]
     lines += [{**result("fifo"), "protocol": "older", "time": "2025-01-01T00:00:00+00:00"}]
     file = tmp_path / "r.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -302,7 +329,8 @@ def test_the_report_says_what_the_results_say(tmp_path: Path) -> None:
     assert "tie" not in by_policy["none"]
     assert "fifo" not in text
     assert "standing for Prosocial-Dialog" in text
-    assert "## 8 bins" in text
+    assert "## 8 bins\n" in text
+    assert "## 32 bins, blocked\n" in text
     assert "%" in rows["alpaca"]
     assert (tmp_path / "docs" / "study-differences.svg").read_text(encoding="utf-8").startswith("<svg")
     assert (tmp_path / "docs" / "study-sizes.svg").is_file()
@@ -352,14 +380,16 @@ def test_a_cell_measures_every_item_and_keeps_to_its_budget(bench: Any) -> None:
 
 
 def test_policies_that_keep_the_same_share_a_training_and_no_other_do(bench: Any) -> None:
-    first = bench.run(Cell("alpaca", "first", bins=8))
-    other = bench.run(Cell("alpaca", "first", bins=8, seed=1))
-    assert not other["reused"]
-    natural = bench.run(Cell("alpaca", "first", order="natural", bins=8))
-    same = bench.run(Cell("alpaca", "first", order="natural", bins=8, max_bytes=None, seed=0))
-    assert natural["kept"] != first["kept"]
-    assert not natural["reused"]
-    assert same["reused"]
+    def first(**changes: Any) -> dict[str, Any]:
+        line: dict[str, Any] = bench.run(Cell("alpaca", "first", **{"order": "natural", "bins": 8} | changes))
+        return line
+
+    assert not first()["reused"]
+    assert bench.run(Cell("alpaca", "reservoir", bins=40, order="blocked"))["reused"] is False
+    assert bench.run(Cell("alpaca", "fifo", bins=40))["reused"]  # there was room for all
+    unlike = [first(seed=1), first(order="shuffled"), first(bins=7), first(interval=20)]
+    assert [line["reused"] for line in unlike] == [False] * 4
+    assert unlike[0]["kept"] == unlike[3]["kept"] == first()["kept"]
 
 
 def test_bytes_rounds_variants_and_the_whole_stream(bench: Any) -> None:
@@ -399,3 +429,5 @@ def test_the_program_goes_on_where_it_was_and_refuses_politely(
     monkeypatch.undo()
     assert study.main(["run", "--grid", "main", "--results", str(tmp_path / "s.jsonl"), "--cache", str(tmp_path)]) == 2
     assert "--data" in capsys.readouterr().err
+    assert study.main(["run", "--set", "dolly", "--results", str(tmp_path / "s.jsonl"), "--cache", str(tmp_path)]) == 2
+    assert "--confirm POLICY" in capsys.readouterr().err

@@ -132,6 +132,15 @@ def test_lexicons_from_a_folder(tmp_path):
         lexicon.load(tmp_path / "nowhere")
 
 
+def test_categories_are_the_default_lists_ungrouped():
+    from edge_sdss import lexicon
+
+    fine, coarse = lexicon.categories(), lexicon.load()
+    assert set(fine.domains) == {name for names in lexicon.DOMAINS.values() for name in names}
+    for word in ("headache", "pizza", "laptop"):
+        assert fine.hits(word).domain in lexicon.DOMAINS[coarse.hits(word).domain]
+
+
 def test_the_default_lexicon_reads_every_line_and_lower_cases():
     from edge_sdss import lexicon
 

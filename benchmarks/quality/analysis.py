@@ -111,7 +111,9 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def verdict(found: Contrast, adjusted: float, metric: Metric) -> str:
-    """better, worse or tie. A tie is what is not shown to be different."""
+    """better, worse or tie. A tie is what is not shown to be different; of a single run nothing is said."""
+    if found.runs < 2:
+        return "one run"
     if adjusted >= 0.05:
         return "tie"
     return "better" if (found.mean < 0) == LOWER_IS_BETTER[metric] else "worse"

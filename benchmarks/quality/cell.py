@@ -9,8 +9,9 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,13 @@ class Bench:
 
     @cached_property
     def lexicon(self) -> lexicon.Lexicon:
-        """The lists that name topics and score DSS."""
+        """The lists that score DSS and name the domains of IDD."""
         return lexicon.load(self.settings.selection.lexicons)
+
+    @cached_property
+    def topics(self) -> lexicon.Lexicon:
+        """The lists that name the topics by which streams are ordered: finer, since one set may be of one domain."""
+        return lexicon.categories()
 
     def material(self, name: str) -> sets.Material:
         """A set, read once."""
@@ -106,7 +112,7 @@ class Bench:
         material = self.material(cell.set)
         if cell.policy == NONE:
             return Kept([[]], [0], 0, 0, 0, 0.0)
-        topics = [self.lexicon.hits(d.text).domain for d in material.stream]
+        topics = [self.topics.hits(d.text).domain for d in material.stream]
         stream = streams.arrange(cell.order, material.stream, topics, cell.seed)
         if cell.policy == FULL:
             return Kept([stream], [len(stream)], len(stream), len(stream), 0, 0.0)
@@ -167,7 +173,7 @@ class Bench:
     ) -> tuple[dict[str, Any], bool]:
         """Trains round after round and measures; or finds that this has been done for the same dialogues."""
         tuning = [self._tuning(cell, lesson) for lesson in lessons] if any(lessons) else []
-        seen = [[[asdict(t) for t in e.messages], e.answer] for lesson in (*lessons, held_out) for e in lesson]
+        seen = [[[[asdict(t) for t in e.messages], e.answer] for e in part] for part in (*lessons, held_out)]
         key = [self.protocol.digest, self.lm.fingerprint, seen, [t.model_dump() for t in tuning]]
 
         def make(folder: Path) -> None:
@@ -195,9 +201,11 @@ class Bench:
                 adapter, steps, tokens = done.adapter, steps + done.steps, tokens + done.tokens
                 train_s += done.seconds
                 if number < len(lessons) - 1:
-                    curve.append(self._measured(held_out, adapter, rouge_items=0).nll)
-            found = self._measured(held_out, adapter, self.settings.evaluation.rouge_items)
-            forgotten = self._general(adapter)
+                    with self._with(adapter):
+                        curve.append(self._measured(held_out, rouge_items=0).nll)
+            with self._with(adapter):
+                found = self._measured(held_out, self.settings.evaluation.rouge_items)
+                forgotten = self._general()
         seconds = {"train": train_s, "evaluate": time.perf_counter() - began - train_s}
         answered = [item for item in found.items if item.rouge1 is not None]
         return {
@@ -212,23 +220,24 @@ class Bench:
             "seconds": {**seconds, "cpu": time.process_time() - cpu},
         }
 
-    def _measured(self, held_out: Sequence[Example], adapter: Path | None, rouge_items: int) -> evaluation.Evaluation:
-        chosen = self.settings.evaluation.model_copy(update={"rouge_items": rouge_items})
+    @contextmanager
+    def _with(self, adapter: Path | None) -> Iterator[None]:
+        """Inside, the model answers with an adapter; None: the base model."""
         self.lm.attach(adapter)
         try:
-            limit = self.settings.tuning.max_tokens
-            return evaluation.evaluate(self.lm, held_out, chosen, max_tokens=limit, progress=self._progress)
+            yield
         finally:
             self.lm.attach(None)
 
-    def _general(self, adapter: Path | None) -> list[float]:
+    def _measured(self, held_out: Sequence[Example], rouge_items: int) -> evaluation.Evaluation:
+        chosen = self.settings.evaluation.model_copy(update={"rouge_items": rouge_items})
+        limit = self.settings.tuning.max_tokens
+        return evaluation.evaluate(self.lm, held_out, chosen, max_tokens=limit, progress=self._progress)
+
+    def _general(self) -> list[float]:
         """The loss on the fixed general set, nats per token: what is forgotten."""
-        self.lm.attach(adapter)
-        try:
-            limit, batch = self.settings.tuning.max_tokens, self.settings.evaluation.batch_size
-            return [round(float(v), 4) for v in self.lm.nll(general.examples(), max_tokens=limit, batch_size=batch)]
-        finally:
-            self.lm.attach(None)
+        limit, batch = self.settings.tuning.max_tokens, self.settings.evaluation.batch_size
+        return [round(float(v), 4) for v in self.lm.nll(general.examples(), max_tokens=limit, batch_size=batch)]
 
 
 def _budget(cell: Cell, offers: int, settings: config.Buffer) -> config.Buffer:
@@ -239,5 +248,5 @@ def _budget(cell: Cell, offers: int, settings: config.Buffer) -> config.Buffer:
 
 
 def _file(cache: Path, content: list[Any], example: Example) -> Path:
-    own = digest([content, [asdict(turn) for turn in replace(example).messages], example.answer])
+    own = digest([content, [asdict(turn) for turn in example.messages], example.answer])
     return cache / "variants" / own[:2] / f"{own[2:26]}.json"

@@ -30,10 +30,9 @@ class Ledger:
         """All results in the file. What a killed process left of a line is no line."""
         return read(self.path)
 
-    def has(self, cell: Cell, protocol: str) -> bool:
-        """Whether a cell is done under the protocol of this digest."""
-        wanted = asdict(cell)
-        return any(line["protocol"] == protocol and line["cell"] == wanted for line in self.lines())
+    def done(self, protocol: str) -> set[Cell]:
+        """The cells that are done under the protocol of this digest."""
+        return {Cell(**line["cell"]) for line in self.lines() if line["protocol"] == protocol}
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Adds a line; the end of one that was never finished goes first. Raises ValueError for NaN."""
@@ -58,7 +57,7 @@ class Ledger:
             except BlockingIOError:
                 yield False
                 return
-            yield not self.has(cell, protocol)  # asked with the claim in hand: another may just have finished
+            yield cell not in self.done(protocol)  # asked with the claim in hand: another may just have finished
 
 
 def read(path: Path) -> list[Line]:

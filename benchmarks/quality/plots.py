@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from quality.analysis import Line, contrast, differences, grouped, mean
-from quality.protocol import BASELINE, FULL, NONE
+from quality.protocol import BASELINE, FULL, MAIN_ORDERS, NONE
 
 from edge_sdss.page import drawing
 
@@ -48,7 +48,9 @@ def _plain(line: Line) -> bool:
 
 def _differences(lines: Sequence[Line]) -> Made:
     """Every policy at 32 bins against the baseline, each set with its interval."""
-    own = [line for line in lines if _plain(line) and line["cell"]["bins"] == 32]
+    own = [
+        line for line in lines if _plain(line) and line["cell"]["bins"] == 32 and line["cell"]["order"] in MAIN_ORDERS
+    ]
     points: dict[str, list[tuple[str, Any]]] = {}
     for name, of_set in grouped(own, lambda line: line["cell"]["set"]).items():
         policies = grouped(of_set, lambda line: line["cell"]["policy"])

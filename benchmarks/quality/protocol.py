@@ -29,6 +29,7 @@ BASELINE = "reservoir"
 PAPER = ("sdss", "random", BASELINE, "fifo", "kcenter", "first", NONE)
 ABLATIONS = ("eoe", "dss", "idd", "eoe-dss", "eoe-idd", "dss-idd")
 STRONGER = ("dedup-reservoir", "domain-balanced", "longest")
+MAIN_ORDERS = ("shuffled", "sticky-0.9")
 ORDERS = ("shuffled", "sticky-0.9", "sticky-0.99", "blocked", "natural", "noisy")
 
 _MAIN_SETS = DEVELOPMENT[:4]
@@ -124,7 +125,7 @@ def digest(value: object) -> str:
 def _runs(
     sets: Sequence[str],
     policies: Sequence[str],
-    orders: Sequence[str] = ("shuffled", "sticky-0.9"),
+    orders: Sequence[str] = MAIN_ORDERS,
     seeds: Sequence[int] = (0, 1, 2),
     **changes: int,
 ) -> Iterator[Cell]:

@@ -11,15 +11,15 @@ from typing import Any
 
 from quality import ledger, plots
 from quality.analysis import Contrast, Line, contrast, differences, grouped, holm, mean, verdict
-from quality.protocol import BASELINE, FULL, NONE, STANDS_FOR
+from quality.protocol import BASELINE, FULL, MAIN_ORDERS, NONE, STANDS_FOR
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 REFERENCES = (NONE, FULL)  # lines to read the others by; no hypothesis, so not corrected for
 PAPERS_BASELINES = ("random", "fifo", "kcenter")
 
 Row = tuple[str, ...]
-Setup = tuple[int, int | None, int, int | None]
-PLAIN: Setup = (32, None, 0, None)
+Setup = tuple[int, int | None, int, int | None, str]
+PLAIN: Setup = (32, None, 0, None, "")
 
 
 def newest(lines: Iterable[Line]) -> list[Line]:
@@ -33,17 +33,19 @@ def newest(lines: Iterable[Line]) -> list[Line]:
 
 
 def setup_of(line: Line) -> Setup:
-    """Bins, bytes, variants and interval: what two policies must share to be compared."""
+    """Bins, bytes, variants, interval, and an order that has a table of its own: what is compared shares these."""
     cell = line["cell"]
-    return cell["bins"], cell["max_bytes"], cell["variants"], cell["interval"]
+    order = "" if cell["order"] in MAIN_ORDERS else cell["order"]
+    return cell["bins"], cell["max_bytes"], cell["variants"], cell["interval"], order
 
 
 def words_of(setup: Setup) -> str:
     """A setup in words."""
-    bins, max_bytes, variants, interval = setup
+    bins, max_bytes, variants, interval, order = setup
     budget = f"{bins} bins" if max_bytes is None else f"{max_bytes:,} bytes"
     synthesis = f", {variants} variants of each" if variants else ""
-    return budget + synthesis + (f", a round every {interval} offers" if interval else "")
+    rounds = f", a round every {interval} offers" if interval else ""
+    return budget + synthesis + rounds + (f", {order}" if order else "")
 
 
 class Comparison:
@@ -88,7 +90,7 @@ def table(columns: Row, rows: Iterable[Row]) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in (columns, ("---",) * len(columns), *rows))
 
 
-def interval(found: Contrast | None, digits: int = 3) -> str:
+def difference(found: Contrast | None, digits: int = 3) -> str:
     """The mean and its interval; empty where there is none."""
     if found is None:
         return ""
@@ -99,8 +101,8 @@ def set_rows(found: Comparison, name: str) -> Iterator[Row]:
     """One row a policy of a set."""
     for policy in [policy for policy in found.policies if policy in found.lines[name]]:
         own = found.lines[name][policy]
-        cells = [policy, f"{mean(own, 'rouge1'):.3f}", interval(found.found.get((name, policy, "rouge1")))]
-        cells += [f"{mean(own, 'nll'):.3f}", interval(found.found.get((name, policy, "nll")))]
+        cells = [policy, f"{mean(own, 'rouge1'):.3f}", difference(found.found.get((name, policy, "rouge1")))]
+        cells += [f"{mean(own, 'nll'):.3f}", difference(found.found.get((name, policy, "nll")))]
         p = found.adjusted.get((name, policy, "nll"))
         contrast_ = found.found.get((name, policy, "nll"))
         cells += ["", ""] if p is None or contrast_ is None else [f"{p:.3f}", verdict(contrast_, p, "nll")]
@@ -128,7 +130,7 @@ def summary(lines: Sequence[Line]) -> str:
         said = verdict(nll, p, "nll") if nll is not None and p is not None else ""
         sets = sum((name, policy, "nll") in found.tables for name in found.lines)
         runs = sum(len(found.tables.get((name, policy, "nll"), ())) for name in found.lines)
-        rows.append((policy, interval(found.pooled(policy, "rouge1")), interval(nll), said, f"{sets}", f"{runs}"))
+        rows.append((policy, difference(found.pooled(policy, "rouge1")), difference(nll), said, f"{sets}", f"{runs}"))
     columns = (
         "Policy",
         f"ROUGE-1 − {BASELINE} (95 %)",
@@ -179,7 +181,7 @@ def page(lines: Sequence[Line]) -> Iterator[str]:
 
 def _setup(setup: Setup, lines: Sequence[Line]) -> Iterator[str]:
     found = Comparison(lines)
-    yield f"## {words_of(setup)[0].upper()}{words_of(setup)[1:]}\n\n"
+    yield f"## {words_of(setup)}\n\n"
     if setup == PLAIN:
         yield claim(found)
         yield "All sets together:\n\n" + summary(lines) + "\n"

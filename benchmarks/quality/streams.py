@@ -1,6 +1,6 @@
 """The orders in which a set's dialogues are offered. Every policy sees the identical stream.
 
-A topic is the dialogue's domain after the lexicons. Knows nothing of buffers.
+Knows nothing of buffers, nor of what a topic is.
 """
 
 from __future__ import annotations
