@@ -25,6 +25,10 @@ WIDE = {
     "inference": (
         "decode", "decode, r = 8 active", "prefill of 512", "size", "held-out NLL", "change of NLL", "KL to float32",
     ),
+    "training": (
+        "peak of live tensors / M*", "peak RSS / (M* + runtime), since loaded",
+        "peak RSS / (M* + runtime), whole life", "least budget that did / the planner's least",
+    ),
 }  # fmt: skip
 COLUMNS = ("Case", "Metric", "Value", "95 % interval", "n", "Compared with", "Device", "Commit")
 
@@ -56,7 +60,8 @@ def wide(rows: Iterable[Mapping[str, Any]], metrics: Sequence[str]) -> str:
     """The rows as a Markdown table with a row for each case and device, and a column for each of these metrics."""
     cases: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
-        cases.setdefault((row["case"], row["device"]), {})[row["metric"]] = row
+        if row["metric"] in metrics:
+            cases.setdefault((row["case"], row["device"]), {})[row["metric"]] = row
     lines = [["Case", *metrics, "Device", "Commit"], ["---"] * (len(metrics) + 3)]
     for (case, device), found in cases.items():
         commits = dict.fromkeys(row["commit"] for row in found.values())
