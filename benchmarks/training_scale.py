@@ -40,7 +40,7 @@ class Scale:
     blocks: int = 16
     factors: tuple[float, ...] = tuple(4 ** (i / 5) for i in range(6))
     passes: int = 2
-    steps: int = 6
+    steps: int = 4
     sweep_sequence: int = 256
     sweep_batch: int = 4
 
