@@ -262,7 +262,7 @@ def test_kcenter_swaps_a_member_of_the_closest_pair_for_a_farther_offer():
 
 
 def test_an_unknown_policy_names_those_that_exist():
-    with pytest.raises(ConfigError, match="choose one of .*dss, .*eoe, .*sdss"):
+    with pytest.raises(ConfigError, match=r"choose one of .*dss, .*eoe, .*sdss"):
         policies.load("nonsense")
 
 
