@@ -25,6 +25,7 @@ WIDE = {
     "inference": (
         "decode", "decode, r = 8 active", "prefill of 512", "size", "held-out NLL", "change of NLL", "KL to float32",
     ),
+    "training-sweep": ("speed", "peak RSS", "peak of live tensors", "larger budget surely slower"),
     "training": (
         "peak of live tensors / M*", "peak RSS / (M* + runtime), since loaded",
         "peak RSS / (M* + runtime), whole life", "least budget that did / the planner's least",
