@@ -7,6 +7,7 @@ ARG PIP_ARGS=""
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY export export
+COPY kernels kernels
 COPY edge_sdss edge_sdss
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # hadolint ignore=SC2086

@@ -21,6 +21,7 @@ RUN apt-get update \
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY export export
+COPY kernels kernels
 COPY edge_sdss edge_sdss
 # hadolint ignore=SC2086
 RUN case "${JETPACK}" in 6) wanted=3.10 ;; 7) wanted=3.12 ;; *) echo "JETPACK is 6 or 7, not ${JETPACK}" >&2; exit 2 ;; esac; \

@@ -10,6 +10,7 @@ ARG PIP_ARGS=""
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY export export
+COPY kernels kernels
 COPY edge_sdss edge_sdss
 ENV EDGE_SDSS_CACHE=/opt/edge-sdss/cache PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # The default model is converted once, here: the container's root can be read-only. PIP_ARGS is several words.

@@ -21,7 +21,7 @@ pytest.importorskip("torch")  # PyCUDA is built for one Python only, that of the
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE / "fake_driver"))
-import build
+import driver_build
 
 from edge_sdss import backends
 from edge_sdss.errors import BackendUnavailable
@@ -31,8 +31,8 @@ from edge_sdss.errors import BackendUnavailable
 def built():
     """PyCUDA and the fake driver, from the cache or built now."""
     try:
-        return build.pycuda(), build.driver()
-    except build.Unbuildable as error:
+        return driver_build.pycuda(), driver_build.driver()
+    except driver_build.Unbuildable as error:
         pytest.skip(str(error))
 
 

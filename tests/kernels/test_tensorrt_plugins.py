@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "kernels"
 sys.path[:0] = [str(HERE / "nvidia"), str(HERE / "fake_driver")]
 import bindings
-import build
+import driver_build
 
 SHAPES = {"ragged_mean": [4, 52], "token_entropy": [4], "centered_entropy": [4], "dissimilarity": [4]}
 # Four dialogues of width 52: 208 bytes of a row are two blocks of 128; four rows are one block of eight warps.
@@ -46,8 +46,8 @@ def check(version, folder, old="", new=""):
     """Runs the plugins, one text in them replaced, in a process of its own."""
     try:
         bindings.folder(version)
-        build.driver()
-    except build.Unbuildable as error:
+        driver_build.driver()
+    except driver_build.Unbuildable as error:
         pytest.skip(f"no bindings of TensorRT {version}, or no fake driver: {error}")
     folder.mkdir(exist_ok=True)
     for source in (KERNELS / "tensorrt").glob("*.py"):

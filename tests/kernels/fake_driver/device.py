@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-import build
+import driver_build
 from ptx import Memory, PtxError, entries, parameters, run
 
 INVALID_IMAGE, NO_BINARY, UNSUPPORTED_PTX, NOT_FOUND, INVALID_VALUE, LAUNCH_FAILED = 200, 209, 222, 500, 1, 719
@@ -174,8 +174,8 @@ _kept: list[Any] = []
 
 def install() -> Fake:
     """Loads the fake driver into this process, so that PyCUDA finds it, and PyCUDA onto the path."""
-    library = ctypes.CDLL(str(build.driver()), mode=ctypes.RTLD_GLOBAL)
-    sys.path.insert(0, str(build.pycuda()))
+    library = ctypes.CDLL(str(driver_build.driver()), mode=ctypes.RTLD_GLOBAL)
+    sys.path.insert(0, str(driver_build.pycuda()))
     fake = Fake(library)
     if asked := os.environ.get("EDGE_SDSS_FAKE"):
         version, major, minor, memory_bytes = map(int, asked.split(","))

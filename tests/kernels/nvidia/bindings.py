@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fake_driver"))
-import build
+import driver_build
 
 WHEELS = {  # JetPack 6 has 10.3, and 7.0 has 10.13; 10.9 is the first with plugins from PTX
     "10.3": "tensorrt-cu12-bindings==10.3.0",
@@ -33,15 +33,15 @@ getNvOnnxParserVersion
 
 
 def folder(version: str) -> Path:
-    """Returns a folder with the package `tensorrt`, from the cache; raises build.Unbuildable."""
-    out = build._cache() / f"tensorrt-{version}-{sys.version_info.major}{sys.version_info.minor}"
-    with build._locked(out):
+    """Returns a folder with the package `tensorrt`, from the cache; raises driver_build.Unbuildable."""
+    out = driver_build._cache() / f"tensorrt-{version}-{sys.version_info.major}{sys.version_info.minor}"
+    with driver_build._locked(out):
         if not out.exists():
             work = out.with_suffix(".partial")
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             pip = (sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet")
-            build._run(*pip, "--no-deps", "--only-binary=:all:", "-d", str(work), WHEELS[version])
+            driver_build._run(*pip, "--no-deps", "--only-binary=:all:", "-d", str(work), WHEELS[version])
             with zipfile.ZipFile(next(work.glob("*.whl"))) as archive:
                 archive.extractall(work)
             (work / "tensorrt_bindings").rename(work / "tensorrt")
@@ -49,7 +49,9 @@ def folder(version: str) -> Path:
             (work / "stubs.c").write_text(source, encoding="utf-8")
             for name in LIBRARIES:
                 soname, out_file = f"lib{name}.so.10", str(work / f"lib{name}.so.10")
-                build._run("gcc", "-shared", "-fPIC", f"-Wl,-soname,{soname}", "-o", out_file, str(work / "stubs.c"))
+                driver_build._run(
+                    "gcc", "-shared", "-fPIC", f"-Wl,-soname,{soname}", "-o", out_file, str(work / "stubs.c")
+                )
             os.replace(work, out)
     return out
 
