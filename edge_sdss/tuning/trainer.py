@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Conditions", "Round", "Step", "load", "train"]
 
+_STATE = 2
+"""The form of what a checkpoint holds: one of another form is not gone on with. 2: fits count tokens (ADR 13)."""
+
 _NO_EFFECT = {"interval", "checkpoint_every", "checkpointing", "loss_chunk", "memory", "reserve", "max_celsius"}
 """Settings that change an adapter's weights not at all, or by rounding."""
 
@@ -92,6 +95,7 @@ def _key(lm: LanguageModel, examples: Sequence[Example], settings: config.Tuning
         "base": lm.fingerprint,
         "start": None if start is None else _start(start),
         "settings": settings.model_dump(exclude=_NO_EFFECT),
+        "state": _STATE,
         "examples": [[[[t.role, t.text] for t in e.messages], e.answer] for e in examples],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
