@@ -113,6 +113,10 @@ class Session:
             raise BudgetExceeded(message("open the buffer", found, "give at least as much, or forget some dialogues"))
         for slot, exemplar in kept.items():
             buffer.put(slot, exemplar)
+        if parts := self.store.memory() if selector.memory else {}:
+            selector.recall(parts)
+        else:
+            self.store.remember(selector.restart_memory())
         return selector
 
     # observe
@@ -210,6 +214,7 @@ class Session:
             self.selector.forgotten.add(dialogue_id)
             for slot in slots:
                 self.selector.buffer.remove(slot)
+            self.store.remember(self.selector.restart_memory())
         return stale
 
     # a round

@@ -43,6 +43,7 @@ CREATE TABLE IF NOT EXISTS rounds (
 CREATE TABLE IF NOT EXISTS trained (
     round INTEGER, dialogue_id TEXT, PRIMARY KEY (round, dialogue_id)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS forgotten (dialogue_id TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS memory (part TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS sources (source TEXT PRIMARY KEY, position INTEGER, chain TEXT) WITHOUT ROWID;
 """
 
@@ -176,6 +177,7 @@ class Store:
                 self._drop(gone)
             if decision.exemplar is not None:
                 self._insert(cast(int, decision.slot), decision.exemplar)
+            self._remember(decision.remembered)
             if source is not None:
                 self._db.execute("INSERT OR REPLACE INTO sources VALUES (?,?,?)", (source, position, chain))
             self.set_meta("counts", asdict(totals))
@@ -193,6 +195,21 @@ class Store:
             gone = dict(enumerate(json.loads(evicted))) if evicted else {}
             yield Decision(seq, dialogue_id, action, domain, Scores(eoe, dss, idd), reason, slot, gone)
 
+    # what the policy remembers of the stream
+
+    def memory(self) -> dict[str, bytes]:
+        """Its parts by name; none where it has to begin anew."""
+        return dict(self._db.execute("SELECT part, value FROM memory"))
+
+    def remember(self, parts: Mapping[str, bytes]) -> None:
+        """Replaces all of it."""
+        with self.transaction():
+            self._db.execute("DELETE FROM memory")
+            self._remember(parts)
+
+    def _remember(self, parts: Mapping[str, bytes]) -> None:
+        self._db.executemany("INSERT OR REPLACE INTO memory VALUES (?,?)", list(parts.items()))
+
     # exemplars
 
     def exemplars(self) -> dict[int, Exemplar]:
@@ -204,10 +221,14 @@ class Store:
         return {row[0]: _exemplar(row) for row in rows}
 
     def rescore(self, kept: Mapping[int, Exemplar], identity: Mapping[str, str]) -> None:
-        """Writes EOE and vector of all that is kept, by bin, together with what they are comparable under."""
+        """Writes EOE and vector of all that is kept, by bin, together with what they are comparable under.
+
+        What a policy remembers is of the old vectors, and goes.
+        """
         with self.transaction():
             rows = [(exemplar.eoe, exemplar.vector, slot) for slot, exemplar in kept.items()]
             self._db.executemany("UPDATE exemplars SET eoe = ?, vector = ? WHERE slot = ?", rows)
+            self._db.execute("DELETE FROM memory")
             self.set_meta("identity", dict(identity))
 
     def _insert(self, slot: int, exemplar: Exemplar) -> None:
@@ -237,9 +258,13 @@ class Store:
         return dict(self._db.execute("SELECT dialogue_id, asked FROM annotations"))
 
     def forget(self, dialogue_id: str) -> list[int]:
-        """Deletes a dialogue everywhere; returns the rounds that were trained on it, now marked stale."""
+        """Deletes a dialogue everywhere; returns the rounds that were trained on it, now marked stale.
+
+        What a policy remembers of the stream goes as a whole: the dialogue has its part in it.
+        """
         with self.transaction():
             self._drop(dialogue_id)
+            self._db.execute("DELETE FROM memory")
             self._db.execute("DELETE FROM annotations WHERE dialogue_id = ?", (dialogue_id,))
             self._db.execute("INSERT OR IGNORE INTO forgotten VALUES (?)", (dialogue_id,))
             rows = self._db.execute("SELECT round FROM trained WHERE dialogue_id = ?", (dialogue_id,)).fetchall()

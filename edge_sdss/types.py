@@ -113,7 +113,8 @@ class Decision:
     """What became of one offer, and why.
 
     `action` is "kept" or "dropped"; `slot` is the bin it went to; `evicted` maps the bins that were
-    emptied for it to the ids of the dialogues that left.
+    emptied for it to the ids of the dialogues that left. `remembered` holds the parts of the policy's memory of the
+    stream that the offer changes.
     """
 
     seq: int
@@ -125,6 +126,7 @@ class Decision:
     slot: int | None = None
     evicted: Mapping[int, str] = field(default_factory=dict)
     exemplar: Exemplar | None = None
+    remembered: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

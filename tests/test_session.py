@@ -61,6 +61,28 @@ def test_a_stopped_stream_goes_on_and_ends_with_the_same_buffer(opened):
     assert observed(opened("parts"), 60, "file") == []
 
 
+def test_what_a_policy_remembers_goes_on_too_and_begins_anew_after_forgetting(opened):
+    chosen = {"selection": {"policy": "facility-location"}, "buffer": {"bins": 6}}
+    whole = opened("whole", **chosen)
+    observed(whole, 60, "file")
+    wanted = kept(whole)
+    stream = opened("parts", **chosen).observe_all(talk.dialogues(60), "file")
+    for _ in range(23):
+        next(stream)
+    parts = opened("parts", **chosen)
+    observed(parts, 60, "file")
+    assert kept(parts) == wanted
+    assert parts.selector.memory.count == 60
+
+    gone = next(iter(parts.store.exemplars().values())).dialogue.id
+    parts.forget(gone)
+    assert parts.selector.memory.count == 5
+    without_model = opened("parts", **chosen)
+    without_model.forget(next(iter(without_model.store.exemplars().values())).dialogue.id)
+    assert without_model.store.memory() == {}
+    assert opened("parts", **chosen).selector.memory.count == 4
+
+
 def test_a_file_that_grew_is_read_on_and_one_that_changed_is_refused(opened):
     session = opened()
     observed(session, 10, "file")

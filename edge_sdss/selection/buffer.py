@@ -47,6 +47,7 @@ class Buffer:
         self.seq = np.zeros(self.bins, dtype=np.int64)
         self.words = np.zeros(self.bins, dtype=np.int64)
         self.bytes = 0
+        self.reserved = 0  # bytes of the budget that are not for entries: a policy's memory
         self._sizes = np.zeros(self.bins, dtype=np.int64)
         self._codes = np.zeros((self.bins, self.codec.row_bytes), dtype=np.uint8)
         self._ids: set[str] = set()
@@ -97,7 +98,7 @@ class Buffer:
         """Whether an entry of n_bytes fits both budgets once the bins `without` are emptied."""
         gone = list(without)
         freed = int(self._sizes[gone].sum()) if gone else 0
-        return len(self) - len(gone) < self.bins and self.bytes - freed + n_bytes <= self.max_bytes
+        return len(self) - len(gone) < self.bins and self.bytes + self.reserved - freed + n_bytes <= self.max_bytes
 
     def free_slot(self, without: Iterable[int] = ()) -> int:
         """The lowest bin that is free once the bins `without` are emptied."""

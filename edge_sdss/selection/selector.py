@@ -7,7 +7,7 @@ and Synthesis" (arXiv 2311.12275), section 3.1.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,16 +16,20 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdss import backends, config
-from edge_sdss.errors import InputError, message
+from edge_sdss.errors import BudgetExceeded, InputError, message
 from edge_sdss.lexicon import Lexicon
 from edge_sdss.selection import policies
 from edge_sdss.selection.buffer import Buffer, entry_bytes
+from edge_sdss.selection.memory import Memory
 from edge_sdss.types import Decision, Dialogue, Exemplar, Scores
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a policy sees of an offer. `draws` is the generator of this offer alone."""
+    """What a policy sees of an offer. `draws` is the generator of this offer alone.
+
+    `memory` is of the stream before this offer; None where the policy asks for none.
+    """
 
     seq: int
     scores: Scores
@@ -33,11 +37,12 @@ class Candidate:
     words: int
     vector: npt.NDArray[np.float32]
     seed: int
+    memory: Memory | None = None
 
     @cached_property
     def draws(self) -> np.random.Generator:
         """Counter-based (Philox): seed and offer number are its whole state, so a resumed stream goes on exactly."""
-        return np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, self.seq]))
+        return _draws(self.seed, self.seq)
 
 
 class Selector:
@@ -52,13 +57,21 @@ class Selector:
         device: str = "cpu",
         offers: int = 0,
     ) -> None:
-        """`offers` is the number of offers already made, for a stream that goes on."""
+        """`offers` is the number of offers already made, for a stream that goes on.
+
+        Raises BudgetExceeded where what the policy remembers would fill the buffer's bytes alone.
+        """
         self.settings = settings
         self.buffer = buffer
         self.lexicon = lexicon
         self.offers = offers
         self.forgotten: set[str] = set()
         self._policy = policies.load(settings.policy)
+        self.memory = Memory(buffer.codec) if getattr(self._policy, "REMEMBERS", False) else None
+        buffer.reserved = self.memory.max_bytes if self.memory else 0
+        if buffer.reserved >= buffer.max_bytes:
+            found = f"it remembers {buffer.reserved:,} bytes of the stream, the buffer has {buffer.max_bytes:,} in all"
+            raise BudgetExceeded(message(f"use policy {settings.policy}", found, "give more, or another policy"))
         self._backend = backends.load(settings.backend, device)
 
     def offer(self, dialogue: Dialogue, tokens: Any) -> Decision:
@@ -74,10 +87,19 @@ class Selector:
     def decide(self, dialogue: Dialogue, tokens: Any) -> Decision:
         """Scores the dialogue and says what becomes of it. Raises InputError for non-finite embeddings."""
         candidate, exemplar = self._score(dialogue, tokens)
+        remembered = self._remembered(candidate, exemplar)
         need = entry_bytes(dialogue, self.buffer.codec.row_bytes)
         slots, reason = self._place(dialogue.id, need, candidate)
         if slots is None:
-            return Decision(candidate.seq, dialogue.id, "dropped", candidate.domain, candidate.scores, reason)
+            return Decision(
+                candidate.seq,
+                dialogue.id,
+                "dropped",
+                candidate.domain,
+                candidate.scores,
+                reason,
+                remembered=remembered,
+            )
         evicted = {slot: self.buffer.entries[slot].dialogue.id for slot in slots}
         slot = slots[0] if slots else self.buffer.free_slot()
         return Decision(
@@ -90,6 +112,7 @@ class Selector:
             slot,
             evicted,
             exemplar,
+            remembered,
         )
 
     def apply(self, decision: Decision) -> None:
@@ -99,6 +122,20 @@ class Selector:
             self.buffer.remove(slot)
         if decision.exemplar is not None and decision.slot is not None:
             self.buffer.put(decision.slot, decision.exemplar)
+        if self.memory is not None:
+            self.memory.update(decision.remembered)
+
+    def recall(self, parts: Mapping[str, bytes]) -> None:
+        """Takes up what the policy remembered of the stream, as it was stored."""
+        if self.memory is not None:
+            self.memory.update(parts)
+
+    def restart_memory(self) -> dict[str, bytes]:
+        """Makes what is kept now all that the policy remembers of the stream; returns the parts to store."""
+        if self.memory is None:
+            return {}
+        codes = [self.buffer.entries[slot].vector for slot in sorted(self.buffer.entries)]
+        return self.memory.restart(codes, _draws(self.settings.seed, self.offers, use=1))
 
     def rescored(self, exemplar: Exemplar, tokens: Any) -> Exemplar:
         """Returns the exemplar with the EOE and the vector of other token embeddings; nothing is decided."""
@@ -116,8 +153,15 @@ class Selector:
         hits = self.lexicon.hits(self.scored_text(dialogue))
         scores = Scores(eoe, hits.dss, self._idd(vector, hits.domain))
         seq = self.offers + 1
-        candidate = Candidate(seq, scores, hits.domain, hits.words, vector, self.settings.seed)
+        candidate = Candidate(seq, scores, hits.domain, hits.words, vector, self.settings.seed, self.memory)
         return candidate, Exemplar(dialogue, code.tobytes(), hits.domain, eoe, hits.dss, hits.words, seq)
+
+    def _remembered(self, candidate: Candidate, exemplar: Exemplar) -> dict[str, bytes]:
+        """What the policy's memory takes from an offer. What the user asked to forget leaves nothing."""
+        if self.memory is None or exemplar.dialogue.id in self.forgotten:
+            return {}
+        code = np.frombuffer(exemplar.vector, np.uint8)
+        return self.memory.after(code, _draws(candidate.seed, candidate.seq, use=1))
 
     def _idd(self, vector: npt.NDArray[np.float32], domain: str) -> float:
         mean = self.buffer.mean(domain)
@@ -142,3 +186,8 @@ class Selector:
         if gone:
             return None, f"the {len(gone)} entries it may replace free too few bytes for its {need:,}"
         return None, self._policy.DROPPED
+
+
+def _draws(seed: int, seq: int, use: int = 0) -> np.random.Generator:
+    """The generator of one offer, counter-based; each use of it has its own."""
+    return np.random.Generator(np.random.Philox(key=seed, counter=[use, 0, 0, seq]))

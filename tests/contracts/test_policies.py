@@ -27,6 +27,7 @@ def replay(policy, n=300, **buffer):
 def test_the_policies_of_the_method_are_there():
     assert {"sdss", "eoe", "dss", "idd", "random", "reservoir", "fifo", "first", "kcenter", "longest"} <= set(ALL)
     assert {"eoe-dss", "eoe-idd", "dss-idd", "dedup-reservoir", "domain-balanced"} <= set(ALL)
+    assert {"herding", "facility-location"} <= set(ALL)
 
 
 def test_both_budgets_are_kept_at_every_step(policy):
@@ -61,15 +62,37 @@ def test_the_same_seed_gives_the_same_buffer_and_a_resumed_stream_too(policy):
     ends = []
     for cut in (None, None, 150):
         selector = make_selector(policy, bins=10)
+        stored: dict[str, bytes] = {}
         for i, (dialogue, rows) in enumerate(Stream(seed=2).take(300)):
-            if i == cut:  # a new process: only entries, their bins and the count of offers survive
+            if i == cut:  # a new process: entries, their bins, the count of offers, the memory's stored parts survive
                 fresh = make_selector(policy, bins=10, offers=selector.offers)
                 for slot, exemplar in selector.buffer.entries.items():
                     fresh.buffer.put(slot, exemplar)
+                fresh.recall(stored)
                 selector = fresh
-            selector.offer(dialogue, rows)
+            stored |= selector.offer(dialogue, rows).remembered
         ends.append({slot: e.dialogue.id for slot, e in selector.buffer.entries.items()})
     assert ends[0] == ends[1] == ends[2]
+
+
+def test_what_is_remembered_counts_in_the_budget_and_is_bounded(policy):
+    selector = make_selector(policy, bins=400, max_bytes=12_000)
+    stored: dict[str, bytes] = {}
+    for dialogue, rows in Stream(seed=4).take(300):
+        stored |= selector.offer(dialogue, rows).remembered
+        remembered = sum(map(len, stored.values()))
+        assert remembered <= selector.buffer.reserved
+        assert selector.buffer.bytes + remembered <= 12_000
+    assert bool(stored) == (selector.memory is not None)
+
+
+def test_deciding_changes_nothing_that_is_remembered(policy):
+    selector = make_selector(policy, bins=5)
+    *before, (dialogue, rows) = Stream(seed=6).take(40)
+    for offered in before:
+        selector.offer(*offered)
+    first, second = selector.decide(dialogue, rows), selector.decide(dialogue, rows)
+    assert first == second
 
 
 def test_an_identical_dialogue_is_kept_once(policy):
