@@ -40,8 +40,8 @@ EXAMPLES = [
 ]
 
 
-def load(folder: Path) -> LanguageModel:
-    return LanguageModel.load(config.Model(name=str(folder), device="cpu"))
+def load(folder: Path, **settings: str) -> LanguageModel:
+    return LanguageModel.load(config.Model(name=str(folder), device="cpu", **settings))
 
 
 @pytest.fixture(scope="module")
@@ -459,6 +459,17 @@ def test_an_adapter_computes_what_plain_peft_computes(attached, tiny, adapter):
     ids = torch.tensor([attached.encode(EXAMPLES[0], 100).ids])
     with torch.no_grad():
         assert torch.equal(attached.model(input_ids=ids).logits, reference(input_ids=ids).logits)
+
+
+def test_an_adapter_takes_the_type_of_a_half_precision_base(tiny, adapter):
+    exact, half = load(tiny), load(tiny, dtype="bfloat16")
+    plain = exact.nll(EXAMPLES, max_tokens=100, batch_size=3)
+    for lm in (exact, half):
+        lm.attach(adapter)
+        weights = {p.dtype for name, p in lm.model.named_parameters() if "lora_" in name}
+        assert weights == {lm.model.get_input_embeddings().weight.dtype}
+    tuned, rounded = (lm.nll(EXAMPLES, max_tokens=100, batch_size=3) for lm in (exact, half))
+    assert np.abs(rounded - tuned).max() < 0.1 * np.abs(tuned - plain).max()
 
 
 def test_a_second_adapter_replaces_the_first(attached, tiny, tmp_path):

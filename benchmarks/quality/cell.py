@@ -237,7 +237,8 @@ class Bench:
     def _general(self) -> list[float]:
         """The loss on the fixed general set, nats per token: what is forgotten."""
         limit, batch = self.settings.tuning.max_tokens, self.settings.evaluation.batch_size
-        return [round(float(v), 4) for v in self.lm.nll(general.examples(), max_tokens=limit, batch_size=batch)]
+        asked = general.examples()[: self.protocol.general_items]
+        return [round(float(v), 4) for v in self.lm.nll(asked, max_tokens=limit, batch_size=batch)]
 
 
 def _budget(cell: Cell, offers: int, settings: config.Buffer) -> config.Buffer:

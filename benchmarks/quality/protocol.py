@@ -28,7 +28,7 @@ NONE, FULL = "none", "full"
 BASELINE = "reservoir"
 PAPER = ("sdss", "random", BASELINE, "fifo", "kcenter", "first", NONE)
 ABLATIONS = ("eoe", "dss", "idd", "eoe-dss", "eoe-idd", "dss-idd")
-STRONGER = ("dedup-reservoir", "domain-balanced", "longest")
+STRONGER = ("dedup-reservoir", "domain-balanced", "longest", "herding", "facility-location")
 MAIN_ORDERS = ("shuffled", "sticky-0.9")
 ORDERS = ("shuffled", "sticky-0.9", "sticky-0.99", "blocked", "natural", "noisy")
 
@@ -41,7 +41,7 @@ def _settings() -> config.Config:
         reading=config.Reading(context_turns=2),
         model=config.Model(dtype="bfloat16", max_tokens=192),
         tuning=config.Tuning(max_tokens=192, checkpoint_every=1_000_000),
-        evaluation=config.Evaluation(max_items=200, rouge_items=48, max_new_tokens=48, batch_size=48),
+        evaluation=config.Evaluation(max_items=120, rouge_items=32, max_new_tokens=40, batch_size=60),
     )
 
 
@@ -67,7 +67,8 @@ class Protocol:
     """
 
     offers: int = 800
-    held_out: int = 200
+    held_out: int = 120
+    general_items: int = 24
     min_words: int = 3
     max_words: int = 60
     epochs: int = 2
