@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-from edge_sdss import embedding, gate, general, lexicon, rounds, synthesis
+from edge_sdss import embedding, gate, general, lexicon, rounds, surprise, synthesis
 from edge_sdss.config import Config
 from edge_sdss.errors import BudgetExceeded, ConfigError, InputError, message
 from edge_sdss.rounds import Adapted
@@ -106,6 +106,8 @@ class Session:
         selector.forgotten = self.store.forgotten()
         if not same:
             self._embed_anew(selector, identity)
+        if not same or self.store.meta("values") != selector.asks:
+            self._value_anew(selector.asks)
         kept = self.store.exemplars()
         size = sum(entry_bytes(e.dialogue, len(e.vector), e.annotation) for e in kept.values())
         if max(kept, default=-1) >= buffer.bins or size > buffer.max_bytes:
@@ -129,7 +131,7 @@ class Session:
         """
         selector = self.selector  # before the forward pass: it may refuse the model
         tokens = embedding.of(self.lm, dialogue, self.settings) if tokens is None else tokens
-        decision = selector.decide(dialogue, tokens)
+        decision = selector.decide(dialogue, tokens, self._value(dialogue, selector.asks))
         self.store.record(decision, **read)
         selector.apply(decision)
         return decision
@@ -409,6 +411,18 @@ class Session:
             kept[slot] = selector.rescored(exemplar, embedding.of(self.lm, exemplar.dialogue, self.settings))
             self.progress("embedding the buffer anew", done, len(kept))
         self.store.rescore(kept, identity)
+
+    def _value(self, dialogue: Dialogue, kind: str | None) -> float | None:
+        return surprise.of(self.lm, dialogue, kind, self.settings) if kind else None
+
+    def _value_anew(self, kind: str | None) -> None:
+        """Gives all that is kept the value that the policy asks for, all at once or, if stopped, none."""
+        kept = self.store.exemplars() if kind else {}
+        values = {}
+        for done, (slot, exemplar) in enumerate(kept.items(), start=1):
+            values[slot] = self._value(exemplar.dialogue, kind) or 0.0
+            self.progress("measuring the buffer", done, len(kept))
+        self.store.revalue(values, kind)
 
 
 def _slot_of(kept: dict[int, Exemplar], dialogue_id: str) -> int:

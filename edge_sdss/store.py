@@ -31,7 +31,7 @@ CREATE TABLE IF NOT EXISTS offers (
 CREATE TABLE IF NOT EXISTS exemplars (
     slot INTEGER PRIMARY KEY, dialogue_id TEXT UNIQUE, seq INTEGER, domain TEXT, eoe REAL, dss REAL,
     words INTEGER, vector BLOB, prompt TEXT, response TEXT, context TEXT, preferred TEXT,
-    conversation TEXT, time TEXT, source TEXT);
+    conversation TEXT, time TEXT, source TEXT, value REAL NOT NULL DEFAULT 0);
 CREATE TABLE IF NOT EXISTS annotations (
     dialogue_id TEXT PRIMARY KEY, answer TEXT, preferred TEXT, asked TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS variants (
@@ -47,7 +47,10 @@ CREATE TABLE IF NOT EXISTS memory (part TEXT PRIMARY KEY, value BLOB) WITHOUT RO
 CREATE TABLE IF NOT EXISTS sources (source TEXT PRIMARY KEY, position INTEGER, chain TEXT) WITHOUT ROWID;
 """
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+_MIGRATIONS = {1: "ALTER TABLE exemplars ADD COLUMN value REAL NOT NULL DEFAULT 0"}
+"""What brings a file of a version to the next one, in the transaction that opens it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +110,12 @@ class Store:
             self._db.execute(f"PRAGMA synchronous = {settings.synchronous}")
             self._db.execute("PRAGMA secure_delete = ON")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, SCHEMA_VERSION):
+            if version > SCHEMA_VERSION:
                 found = f"its version is {version}, this program knows {SCHEMA_VERSION}"
                 raise ConfigError(message(f"open {path}", found, "update edge_sdss"))
             with self.transaction():
+                for old in range(version, SCHEMA_VERSION) if version else ():
+                    self._db.execute(_MIGRATIONS[old])
                 for statement in filter(str.strip, _SCHEMA.split(";")):
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
@@ -231,12 +236,20 @@ class Store:
             self._db.execute("DELETE FROM memory")
             self.set_meta("identity", dict(identity))
 
+    def revalue(self, values: Mapping[int, float], kind: str | None) -> None:
+        """Writes the values of all that is kept, by bin, together with what kind of value they are."""
+        with self.transaction():
+            rows = [(value, slot) for slot, value in values.items()]
+            self._db.executemany("UPDATE exemplars SET value = ? WHERE slot = ?", rows)
+            self.set_meta("values", kind)
+
     def _insert(self, slot: int, exemplar: Exemplar) -> None:
         d = exemplar.dialogue
         context = json.dumps([(turn.role, turn.text) for turn in d.context])
         scored = (slot, d.id, exemplar.seq, exemplar.domain, exemplar.eoe, exemplar.dss, exemplar.words)
         text = (d.prompt, d.response, context, d.preferred, d.conversation, d.time, d.source)
-        self._db.execute(f"INSERT INTO exemplars VALUES ({','.join('?' * 15)})", (*scored, exemplar.vector, *text))
+        row = (*scored, exemplar.vector, *text, exemplar.value)
+        self._db.execute(f"INSERT INTO exemplars VALUES ({','.join('?' * len(row))})", row)
 
     def _drop(self, dialogue_id: str) -> None:
         """Removes an exemplar; that the user was asked about it stays, the answer's text does not."""
@@ -364,8 +377,8 @@ class Store:
 
 def _exemplar(row: tuple[Any, ...]) -> Exemplar:
     _, _, seq, domain, eoe, dss, words, vector, prompt, response, context, preferred, *rest = row
-    conversation, time, source, answer, wanted = rest
+    conversation, time, source, value, answer, wanted = rest
     turns = tuple(Turn(role, text) for role, text in json.loads(context))
     dialogue = Dialogue(prompt, response, turns, preferred, conversation, time, source)
     annotation = Annotation(cast(Answer, answer), wanted) if answer else None
-    return Exemplar(dialogue, vector, domain, eoe, dss, words, seq, annotation)
+    return Exemplar(dialogue, vector, domain, eoe, dss, words, seq, annotation, value)

@@ -96,7 +96,10 @@ class Annotation:
 
 @dataclass(frozen=True)
 class Exemplar:
-    """A dialogue in the buffer. `vector` is the stored form of e(T), as the buffer's codec made it."""
+    """A dialogue in the buffer. `vector` is the stored form of e(T), as the buffer's codec made it.
+
+    `value` is what the policy asked for beyond the scores, see `surprise`; 0 where it asks for nothing.
+    """
 
     dialogue: Dialogue
     vector: bytes
@@ -106,6 +109,7 @@ class Exemplar:
     words: int
     seq: int
     annotation: Annotation | None = None
+    value: float = 0.0
 
 
 @dataclass(frozen=True)

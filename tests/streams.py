@@ -49,6 +49,14 @@ class Stream:
             yield Dialogue(f"{i} {text}", text), rows.astype(np.float32)
 
 
+class Valued(Selector):
+    """A selector that finds the value that its policy asks for: made up, equal for equal dialogues."""
+
+    def decide(self, dialogue, tokens, value=None):
+        made_up = sum(dialogue.prompt.encode()) % 97 / 10 if self.asks else None
+        return super().decide(dialogue, tokens, made_up if value is None else value)
+
+
 def make_selector(policy="sdss", offers=0, eoe="centered", seed=0, **buffer) -> Selector:
     settings = config.Selection(policy=policy, eoe=eoe, seed=seed)
-    return Selector(settings, Buffer(config.Buffer(**buffer), WIDTH), LEXICON, offers=offers)
+    return Valued(settings, Buffer(config.Buffer(**buffer), WIDTH), LEXICON, offers=offers)

@@ -25,8 +25,8 @@ FLOORS = (
         "profiling", "moment",
     },
     {
-        "rounds", "bundling", "embedding", "session", "speakers", "conversation", "experiment", "demo", "cases",
-        "doctor", "profile", "emulation", "nightly", "serving", "flashing",
+        "rounds", "bundling", "embedding", "surprise", "session", "speakers", "conversation", "experiment", "demo",
+        "cases", "doctor", "profile", "emulation", "nightly", "serving", "flashing",
     },
     {"cli", "options", "review", "console", "__main__"},
 )  # fmt: skip

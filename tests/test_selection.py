@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 from streams import LEXICON, WIDTH, Stream, make_selector
 
 from edge_sdss import config
-from edge_sdss.errors import ConfigError
-from edge_sdss.selection import Buffer, policies
+from edge_sdss.errors import ConfigError, InputError
+from edge_sdss.selection import Buffer, Selector, policies
 from edge_sdss.selection.buffer import entry_bytes
 from edge_sdss.selection.vectors import Codec
 from edge_sdss.types import Annotation, Dialogue, Exemplar, Turn
@@ -184,8 +185,8 @@ def test_int8_keeps_the_ranking_of_float32():
 
 def test_entry_bytes_count_everything():
     dialogue = Dialogue("é", "abc", (Turn("user", "xy"),), preferred="four")
-    assert entry_bytes(dialogue, 10) == 2 + 3 + 2 + 4 + 10 + 48
-    assert entry_bytes(dialogue, 10, Annotation("edit", "seven77")) == 2 + 3 + 2 + 7 + 10 + 48
+    assert entry_bytes(dialogue, 10) == 2 + 3 + 2 + 4 + 10 + 56
+    assert entry_bytes(dialogue, 10, Annotation("edit", "seven77")) == 2 + 3 + 2 + 7 + 10 + 56
 
 
 def test_the_bytes_of_the_buffer_are_the_sum_of_its_entries():
@@ -220,6 +221,15 @@ def test_fifo_takes_the_oldest_first():
 def test_longest_takes_the_shortest_first_and_only_shorter_ones():
     buffer = filled(*(exemplar(i, eoe=0.5, dss=0, domain="food", words=w) for i, w in enumerate([4, 2, 5, 9])))
     assert replaceable("longest", buffer, words=5) == [1, 0]
+
+
+@pytest.mark.parametrize("policy", ["perplexity", "ifd"])
+def test_the_lowest_values_leave_first_and_a_missing_one_is_refused(policy):
+    buffer = filled(*(replace(exemplar(i, eoe=0.5, dss=0, domain="food"), value=v) for i, v in enumerate([4, 2, 5, 9])))
+    assert replaceable(policy, buffer, value=5.0) == [1, 0]
+    selector = Selector(config.Selection(policy=policy), Buffer(config.Buffer(), WIDTH), LEXICON)
+    with pytest.raises(InputError, match=policy):
+        selector.decide(Dialogue("a", "b"), np.ones((2, WIDTH), np.float32))
 
 
 def test_single_score_ablations_look_at_one_score():

@@ -14,7 +14,7 @@ from edge_sdss import gate, general
 from edge_sdss.errors import BudgetExceeded, ConfigError, InputError
 from edge_sdss.lm import LanguageModel
 from edge_sdss.session import Session
-from edge_sdss.types import Annotation
+from edge_sdss.types import Annotation, Example
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,21 @@ def test_what_a_policy_remembers_goes_on_too_and_begins_anew_after_forgetting(op
     without_model.forget(next(iter(without_model.store.exemplars().values())).dialogue.id)
     assert without_model.store.memory() == {}
     assert opened("parts", **chosen).selector.memory.count == 4
+
+
+def test_what_is_kept_is_measured_when_a_policy_asks_for_it(opened, lm):
+    session = opened(buffer={"bins": 6})
+    observed(session, 8)
+    assert {e.value for e in session.store.exemplars().values()} == {0.0}
+    for kind in ("perplexity", "ifd"):
+        asking = opened(buffer={"bins": 6}, selection={"policy": kind})
+        offered = observed(asking, 12)[-1]
+        assert asking.selector.asks == kind
+        for e in asking.store.exemplars().values():
+            loss = lm.nll([Example(e.dialogue.messages, e.dialogue.response)], max_tokens=512, batch_size=1)[0]
+            wanted = np.exp(loss) if kind == "perplexity" else loss / lm.text_nll(e.dialogue.response)
+            assert e.value == pytest.approx(wanted, rel=1e-5)
+        assert offered.seq == asking.store.counts.offers
 
 
 def test_a_file_that_grew_is_read_on_and_one_that_changed_is_refused(opened):

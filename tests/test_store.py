@@ -166,6 +166,29 @@ def test_a_file_that_is_no_store_is_named(tmp_path):
         reopened(tmp_path)
 
 
+def test_a_store_of_the_first_version_is_brought_up_to_date(tmp_path):
+    store = Store(tmp_path / "edge_sdss.db", config.Store())
+    selector = fill(store)
+    store.close()
+    db = sqlite3.connect(tmp_path / "edge_sdss.db")
+    db.execute("ALTER TABLE exemplars DROP COLUMN value")
+    db.execute("DROP TABLE memory")
+    db.execute("PRAGMA user_version = 1")
+    db.close()
+    for _ in range(2):
+        again = reopened(tmp_path)
+        assert again.exemplars() == selector.buffer.entries
+        assert again.memory() == {}
+        again.close()
+
+
+def test_what_a_policy_asked_for_is_stored(store, tmp_path):
+    selector = fill(store, policy="perplexity")
+    found = reopened(tmp_path).exemplars()
+    assert found == selector.buffer.entries
+    assert len({e.value for e in found.values()}) > 1
+
+
 def test_a_store_of_a_newer_version_is_refused(tmp_path):
     reopened(tmp_path).close()
     db = sqlite3.connect(tmp_path / "edge_sdss.db")

@@ -20,7 +20,7 @@ from quality import embeddings, sets, streams
 from quality.cache import Cache
 from quality.protocol import FULL, NONE, Cell, Protocol, digest
 
-from edge_sdss import config, evaluation, files, general, lexicon, rounds, synthesis
+from edge_sdss import config, evaluation, files, general, lexicon, rounds, surprise, synthesis
 from edge_sdss.experiment import held_out_examples
 from edge_sdss.lm import LanguageModel
 from edge_sdss.selection import Buffer, Selector
@@ -120,13 +120,15 @@ class Bench:
         selection = self.settings.selection.model_copy(update={"policy": cell.policy, "seed": cell.seed})
         buffer = Buffer(_budget(cell, len(stream), self.settings.buffer), self.lm.width)
         selector = Selector(selection, buffer, self.lexicon)
+        values, each_s = self._valued(stream, selector.asks)
         began, admitted, snapshots, after = time.perf_counter(), 0, [], []
         for number, dialogue in enumerate(stream, start=1):
-            admitted += selector.offer(dialogue, found.of(dialogue)).action == "kept"
+            decision = selector.offer(dialogue, found.of(dialogue), values.get(dialogue.id))
+            admitted += decision.action == "kept"
             if number == len(stream) or (cell.interval and number % cell.interval == 0):
                 snapshots.append([exemplar.dialogue for exemplar in buffer.entries.values()])
                 after.append(number)
-        took = time.perf_counter() - began + found.seconds * len(stream)
+        took = time.perf_counter() - began + (found.seconds + each_s) * len(stream)
         return Kept(snapshots, after, len(stream), admitted, buffer.bytes, took)
 
     def _embedded(self, cell: Cell) -> embeddings.Embeddings:
@@ -137,6 +139,24 @@ class Bench:
                 self._cache, self.lm, dialogues, self.settings, self._progress
             )
         return self._embeddings[cell.set, noisy]
+
+    def _valued(self, stream: Sequence[Dialogue], kind: str | None) -> tuple[dict[str, float], float]:
+        """What a policy asks for of each dialogue, from the cache or measured now; and the seconds that one took."""
+        if kind is None:
+            return {}, 0.0
+        asked = [self.lm.fingerprint, self.settings.model.model_dump(), kind, sorted({d.id for d in stream})]
+
+        def make(folder: Path) -> None:
+            began, values = time.perf_counter(), {}
+            for done, dialogue in enumerate(stream, start=1):
+                values[dialogue.id] = surprise.of(self.lm, dialogue, kind, self.settings)
+                self._progress(f"measuring {kind}", done, len(stream))
+            facts = {"values": values, "seconds": (time.perf_counter() - began) / len(stream)}
+            (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+        folder, _ = self._cache.once(f"values/{digest(asked)[:24]}", make)
+        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        return facts["values"], facts["seconds"]
 
     def _lessons(self, cell: Cell, kept: Kept) -> tuple[list[list[Example]], dict[str, int], float]:
         """What each round learns, in an order that depends on the dialogues alone; with the count of variants."""

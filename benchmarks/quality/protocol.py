@@ -28,7 +28,7 @@ NONE, FULL = "none", "full"
 BASELINE = "reservoir"
 PAPER = ("sdss", "random", BASELINE, "fifo", "kcenter", "first", NONE)
 ABLATIONS = ("eoe", "dss", "idd", "eoe-dss", "eoe-idd", "dss-idd")
-STRONGER = ("dedup-reservoir", "domain-balanced", "longest", "herding", "facility-location")
+STRONGER = ("dedup-reservoir", "domain-balanced", "longest", "herding", "facility-location", "perplexity", "ifd")
 MAIN_ORDERS = ("shuffled", "sticky-0.9")
 ORDERS = ("shuffled", "sticky-0.9", "sticky-0.99", "blocked", "natural", "noisy")
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count, cycle
 
-from edge_sdss import lexicon
+from edge_sdss import lexicon, surprise
 from edge_sdss.cases import Subject
 from edge_sdss.profiling.harness import Repetition
 from edge_sdss.selection import Buffer, Selector
@@ -34,13 +34,15 @@ def open(subject: Subject) -> Iterator[Callable[[], Repetition]]:
         device=lm.device.type,
     )
     embedded = [(d, lm.token_embeddings(d.text, chosen.model.max_tokens)) for d in subject.dialogues[:_EMBEDDED]]
+    values = {d.id: surprise.of(lm, d, selector.asks, chosen) for d, _ in embedded} if selector.asks else {}
     stream, number = cycle(embedded), count()
 
     def repeat() -> Repetition:
         for _ in range(_TOGETHER):
             dialogue, rows = next(stream)
             # The selector drops a dialogue that it holds already: a number makes each one another.
-            selector.offer(replace(dialogue, prompt=f"{next(number)} {dialogue.prompt}"), rows)
+            another = replace(dialogue, prompt=f"{next(number)} {dialogue.prompt}")
+            selector.offer(another, rows, values.get(dialogue.id))
         return Repetition(_TOGETHER)
 
     for _ in range(-(-2 * chosen.buffer.bins // _TOGETHER)):

@@ -20,8 +20,8 @@ from edge_sdss.types import Annotation, Dialogue, Exemplar
 
 T = TypeVar("T")
 
-RECORD_BYTES = 48
-"""What an entry takes beside text, vector and annotation: three float64 scores, three int64 numbers."""
+RECORD_BYTES = 56
+"""What an entry takes beside text, vector and annotation: three scores and a value in float64, three int64 numbers."""
 
 
 def entry_bytes(dialogue: Dialogue, vector_bytes: int, annotation: Annotation | None = None) -> int:
@@ -46,6 +46,7 @@ class Buffer:
         self.dss = np.full(self.bins, np.inf)
         self.seq = np.zeros(self.bins, dtype=np.int64)
         self.words = np.zeros(self.bins, dtype=np.int64)
+        self.value = np.zeros(self.bins)
         self.bytes = 0
         self.reserved = 0  # bytes of the budget that are not for entries: a policy's memory
         self._sizes = np.zeros(self.bins, dtype=np.int64)
@@ -105,6 +106,11 @@ class Buffer:
         gone = set(without)
         return next(slot for slot in range(self.bins) if slot not in self.entries or slot in gone)
 
+    def below(self, value: float) -> npt.NDArray[np.int64]:
+        """The bins of lower value, the lowest first; the oldest of equals."""
+        used = self.used[self.value[self.used] < value]
+        return used[np.lexsort((self.seq[used], self.value[used]))]
+
     def put(self, slot: int, exemplar: Exemplar) -> None:
         """Fills a free bin."""
         dialogue = exemplar.dialogue
@@ -112,7 +118,7 @@ class Buffer:
         self.entries[slot] = exemplar
         self._ids.add(dialogue.id)
         self.eoe[slot], self.dss[slot] = exemplar.eoe, exemplar.dss
-        self.seq[slot], self.words[slot] = exemplar.seq, exemplar.words
+        self.seq[slot], self.words[slot], self.value[slot] = exemplar.seq, exemplar.words, exemplar.value
         self._sizes[slot] = size
         self._codes[slot] = np.frombuffer(exemplar.vector, dtype=np.uint8)
         self.bytes += size

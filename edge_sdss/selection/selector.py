@@ -28,7 +28,7 @@ from edge_sdss.types import Decision, Dialogue, Exemplar, Scores
 class Candidate:
     """What a policy sees of an offer. `draws` is the generator of this offer alone.
 
-    `memory` is of the stream before this offer; None where the policy asks for none.
+    `memory` is of the stream before this offer; None where the policy asks for none. So is `value`, then 0.
     """
 
     seq: int
@@ -38,6 +38,7 @@ class Candidate:
     vector: npt.NDArray[np.float32]
     seed: int
     memory: Memory | None = None
+    value: float = 0.0
 
     @cached_property
     def draws(self) -> np.random.Generator:
@@ -67,6 +68,7 @@ class Selector:
         self.offers = offers
         self.forgotten: set[str] = set()
         self._policy = policies.load(settings.policy)
+        self.asks: str | None = getattr(self._policy, "ASKS", None)
         self.memory = Memory(buffer.codec) if getattr(self._policy, "REMEMBERS", False) else None
         buffer.reserved = self.memory.max_bytes if self.memory else 0
         if buffer.reserved >= buffer.max_bytes:
@@ -74,9 +76,12 @@ class Selector:
             raise BudgetExceeded(message(f"use policy {settings.policy}", found, "give more, or another policy"))
         self._backend = backends.load(settings.backend, device)
 
-    def offer(self, dialogue: Dialogue, tokens: Any) -> Decision:
-        """Decides and applies. tokens: [n, d] float, the token embeddings E(T) of `scored_text`."""
-        decision = self.decide(dialogue, tokens)
+    def offer(self, dialogue: Dialogue, tokens: Any, value: float | None = None) -> Decision:
+        """Decides and applies. tokens: [n, d] float, the token embeddings E(T) of `scored_text`.
+
+        value: what the policy `asks` for, as `surprise.of` gives it.
+        """
+        decision = self.decide(dialogue, tokens, value)
         self.apply(decision)
         return decision
 
@@ -84,9 +89,15 @@ class Selector:
         """The text whose embeddings and words are scored."""
         return dialogue.prompt if self.settings.text == "prompt" else dialogue.text
 
-    def decide(self, dialogue: Dialogue, tokens: Any) -> Decision:
-        """Scores the dialogue and says what becomes of it. Raises InputError for non-finite embeddings."""
-        candidate, exemplar = self._score(dialogue, tokens)
+    def decide(self, dialogue: Dialogue, tokens: Any, value: float | None = None) -> Decision:
+        """Scores the dialogue and says what becomes of it.
+
+        Raises InputError for non-finite embeddings, or where the policy asks for a value and there is none.
+        """
+        if self.asks and (value is None or not math.isfinite(value)):
+            found = f"policy {self.settings.policy} asks for its {self.asks}, which is {value}"
+            raise InputError(message(f"select dialogue {dialogue.id}", found, "give it, or use another policy"))
+        candidate, exemplar = self._score(dialogue, tokens, value or 0.0)
         remembered = self._remembered(candidate, exemplar)
         need = entry_bytes(dialogue, self.buffer.codec.row_bytes)
         slots, reason = self._place(dialogue.id, need, candidate)
@@ -139,10 +150,10 @@ class Selector:
 
     def rescored(self, exemplar: Exemplar, tokens: Any) -> Exemplar:
         """Returns the exemplar with the EOE and the vector of other token embeddings; nothing is decided."""
-        _, found = self._score(exemplar.dialogue, tokens)
+        _, found = self._score(exemplar.dialogue, tokens, exemplar.value)
         return replace(exemplar, eoe=found.eoe, vector=found.vector)
 
-    def _score(self, dialogue: Dialogue, tokens: Any) -> tuple[Candidate, Exemplar]:
+    def _score(self, dialogue: Dialogue, tokens: Any, value: float) -> tuple[Candidate, Exemplar]:
         offsets = np.array([0, len(tokens)], dtype=np.int64)
         eoe = float(self._backend.entropy(tokens, offsets, self.settings.eoe)[0])
         unit = self._backend.pool(tokens, offsets, self.settings.pooling)[0]
@@ -153,8 +164,8 @@ class Selector:
         hits = self.lexicon.hits(self.scored_text(dialogue))
         scores = Scores(eoe, hits.dss, self._idd(vector, hits.domain))
         seq = self.offers + 1
-        candidate = Candidate(seq, scores, hits.domain, hits.words, vector, self.settings.seed, self.memory)
-        return candidate, Exemplar(dialogue, code.tobytes(), hits.domain, eoe, hits.dss, hits.words, seq)
+        candidate = Candidate(seq, scores, hits.domain, hits.words, vector, self.settings.seed, self.memory, value)
+        return candidate, Exemplar(dialogue, code.tobytes(), hits.domain, eoe, hits.dss, hits.words, seq, value=value)
 
     def _remembered(self, candidate: Candidate, exemplar: Exemplar) -> dict[str, bytes]:
         """What the policy's memory takes from an offer. What the user asked to forget leaves nothing."""

@@ -27,7 +27,7 @@ def replay(policy, n=300, **buffer):
 def test_the_policies_of_the_method_are_there():
     assert {"sdss", "eoe", "dss", "idd", "random", "reservoir", "fifo", "first", "kcenter", "longest"} <= set(ALL)
     assert {"eoe-dss", "eoe-idd", "dss-idd", "dedup-reservoir", "domain-balanced"} <= set(ALL)
-    assert {"herding", "facility-location"} <= set(ALL)
+    assert {"herding", "facility-location", "perplexity", "ifd"} <= set(ALL)
 
 
 def test_both_budgets_are_kept_at_every_step(policy):
