@@ -279,6 +279,41 @@ def test_after_a_switch_nothing_of_the_old_adapter_is_left(engine, tiny):
     assert answer(engine, [*chat, Turn("user", "go on")], adapter="a").reused > 0
 
 
+def test_adapters_are_paid_for_from_the_first_that_is_asked_for(tmp_path, monkeypatch):
+    import onnx
+
+    bundle = write_bundle(tmp_path / "bundle", kv_cache="shared", last_logits_only=True)
+    manifest = bundles.load(bundle)
+    tiny = random_tiny(vocabulary=manifest.graph.vocabulary)
+    plain = onnx.load(bundle / "model.onnx")
+    lora = {name for site in manifest.graph.sites for name in (site.lora_a, site.lora_b)}
+    for value in [value for value in plain.graph.input if value.name in lora]:
+        plain.graph.input.remove(value)
+    onnx.save(plain, bundle / "plain.onnx")
+    manifest = manifest.model_copy(update={"graph": manifest.graph.model_copy(update={"plain": "plain.onnx"})})
+    bundles.write(bundle, manifest)
+    opened, whole = [], providers.open_session
+    monkeypatch.setattr(providers, "open_session", lambda file, *rest: opened.append(file.name) or whole(file, *rest))
+
+    engine = Engine.open(bundle, threads=1)
+    engine.load_adapter("a", write_adapter(tmp_path / "a.onnx_adapter", A(tiny)))
+    states = engine.hidden_states(IDS[:6], follows=True)
+    before = answer(engine, CHATS[0])
+    assert opened == ["plain.onnx"]
+    adapted = answer(engine, CHATS[0], adapter="a")
+    assert list(adapted.ids) == greedily(tiny, adapted.prompt_ids, 12, A(tiny), engine.chat.stop_ids)
+    assert opened == ["plain.onnx", "model.onnx"]
+    assert answer(engine, CHATS[0]).ids == before.ids != adapted.ids
+    assert np.allclose(engine.hidden_states(IDS, follows=True)[:6], states, atol=1e-5)
+    assert opened == ["plain.onnx", "model.onnx"]
+    assert lora <= engine.inputs
+
+    bundles.write(bundle, manifest.model_copy(update={"active": "a"}))
+    monkeypatch.setattr("edge_sdss.runtime.adapters.read_entry", None)
+    Engine.open(bundle, threads=1)
+    assert opened[2:] == ["model.onnx"]
+
+
 def test_an_adapter_that_is_loaded_anew_is_another(engine, tiny, tmp_path):
     first = answer(engine, CHATS[0], adapter="a")
     changed = random_adapter(tiny, rank=4, seed=9, size=0.3)
