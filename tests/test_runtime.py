@@ -122,6 +122,7 @@ def test_logits_are_those_of_the_formulas(engine, tiny, adapter):
     tensors = {None: None, "a": A(tiny), "b": B(tiny)}[adapter]
     expected, _ = reference(tiny, IDS, tensors)
     assert np.abs(engine.logits(IDS, adapter) - expected).max() < 1e-3
+    assert np.abs(engine.logits(IDS, adapter, first=5) - expected[5:]).max() < 1e-3
     assert adapter is None or np.abs(expected - reference(tiny, IDS)[0]).max() > 1
 
 

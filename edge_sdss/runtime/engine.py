@@ -254,10 +254,10 @@ class Engine:
             raise InputError(message("measure a text", f"it has {len(ids)} token(s)", "give a longer one"))
         return measures.loss(self._new_talk(self._mix(adapter), len(ids)), ids, 1)
 
-    def logits(self, ids: Sequence[int], adapter: Asked = ACTIVE) -> Floats:
-        """Returns the logits at each position, [n, V] float32, for comparing with another implementation."""
+    def logits(self, ids: Sequence[int], adapter: Asked = ACTIVE, *, first: int = 0) -> Floats:
+        """Returns the logits from position `first` on, [n - first, V] float32, to compare implementations by."""
         talk = self._new_talk(self._mix(adapter), len(ids))
-        return np.concatenate([part.copy() for _, part in measures.logits(talk, self._fitting(ids), 0)])
+        return np.concatenate([part.copy() for _, part in measures.logits(talk, self._fitting(ids), first)])
 
     def token_embeddings(self, text: str, max_tokens: int) -> Floats:
         """Returns E(T), the base model's last hidden states after the final norm: [n, d] float32.
