@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 MICROSOFT = "com.microsoft"
-_FEW_COLUMNS = 1024
 _INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level with the fast kernels
 
 
@@ -116,8 +115,8 @@ class Net:
         return self._values[name], columns
 
     def _means(self, x: ir.Value, inputs: int, size: int, means: int) -> ir.Value:
-        """The means of x's blocks: of few columns as a product, one node; of many two nodes, which read no matrix."""
-        if inputs <= _FEW_COLUMNS or means * size != inputs:
+        """The means of x's blocks, by nodes that read no matrix; where zeros have to follow, by a product."""
+        if means * size != inputs:
             pool = np.zeros((inputs, means))
             pool[np.arange(inputs), np.arange(inputs) // size] = 1 / size
             return self.op("MatMul", x, self.floats(f"pool_{inputs}", pool), name=f"{x.name}.means")
