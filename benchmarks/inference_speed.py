@@ -77,8 +77,10 @@ def _candidates(
         return process
 
     for precision in PRECISIONS:
-        bundle = {"kind": "bundle", "folder": str(subject.bundle(precision))}
-        process, adapted = opened(bundle), opened(bundle)  # once an adapter served, an engine keeps the graph for it
+        process, adapted = (
+            opened({"kind": "bundle", "folder": str(folder)})
+            for folder in (subject.plain(precision), subject.bundle(precision))
+        )
         new = NEW if precision != "float32" else SLOW_NEW
         add(f"{OURS}, {precision}", DECODE, process.block, prompt=CONTEXT, new=new)
         add(f"{OURS}, {precision}", DECODE_R8, adapted.block, prompt=CONTEXT, new=new, adapter="r8")
