@@ -6,6 +6,8 @@ Knows nothing of what is measured.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +51,14 @@ class Subject:
                 recipe = recipes.Recipe.model_validate({**recipe.model_dump(), **changes})
             print(f"exporting {precision} ...", flush=True)
             bundling.bundle(self.settings, recipe, out, adapters={"r8": self.adapter(0)}, overwrite=True)
+        return out
+
+    def plain(self, precision: str) -> Path:
+        """The same bundle, of which no adapter is active: what a device has before its first round."""
+        whole, out = self.bundle(precision), self.work / f"{precision}-plain"
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(whole, out, copy_function=os.link)
+        bundles.write(out, bundles.load(whole).model_copy(update={"active": None}))
         return out
 
     def adapter(self, number: int) -> Path:

@@ -24,7 +24,7 @@ CHECKS = "inference-checks"
 NLL, CHANGE, KL, SIZE = "held-out NLL", "change of NLL", "KL to float32", "size"
 _MAX_TOKENS = 192
 Rows = npt.NDArray[np.float32]
-Way = Callable[[list[int]], Rows]
+Way = Callable[[list[int], int], Rows]  # ids and a position -> the logits from there on
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def quality(subject: Subject, peers: Peers, count: int) -> Iterator[Line]:
     texts = [Text(list(one.ids), one.prompt_tokens) for one in encoded]
     facts = {**subject.facts, "data": source, "dialogues": len(texts)}
     base = _torch(lm.model)
-    reference = [base(text.ids)[text.first - 1 : -1] for text in texts]
+    reference = [base(text.ids, text.first - 1)[:-1] for text in texts]
     weights = sum(p.numel() for p in lm.model.parameters())
     if "transformers" not in peers.without:
         yield from _lines(f"{TORCH}, float32", texts, reference, reference, 4 * weights, facts)
@@ -55,7 +55,12 @@ def quality(subject: Subject, peers: Peers, count: int) -> Iterator[Line]:
         engine = Engine.open(folder, provider="cpu", threads=subject.threads)
         size = sum(one.size_bytes for one in bundles.load(folder).files)
         yield from _measured(
-            f"{OURS}, {precision}", lambda ids, e=engine: e.logits(ids, None), texts, reference, size, facts
+            f"{OURS}, {precision}",
+            lambda ids, at, e=engine: e.logits(ids, None, first=at),
+            texts,
+            reference,
+            size,
+            facts,
         )
         del engine
     if "llama.cpp" not in peers.without:
@@ -71,7 +76,7 @@ def _torch(model: Any) -> Way:
     from edge_sdss.exporting.ways import of_torch
 
     way = of_torch(model)
-    return lambda ids: way(np.array(ids, np.int64))
+    return lambda ids, at: way(np.array(ids, np.int64))[at:]
 
 
 def _llama(file: Path, threads: int) -> Way | None:
@@ -83,12 +88,13 @@ def _llama(file: Path, threads: int) -> Way | None:
         return None
     model = Llama(str(file), n_ctx=512, n_threads=threads, logits_all=False, verbose=False)
 
-    def logits(ids: list[int]) -> Rows:
+    def logits(ids: list[int], at: int) -> Rows:
         model.reset()
         rows = []
-        for token in ids:
+        for position, token in enumerate(ids):
             model.eval([token])
-            rows.append(np.array(model._ctx.get_logits_ith(-1)[: model.n_vocab()], np.float32))
+            if position >= at:
+                rows.append(np.array(model._ctx.get_logits_ith(-1)[: model.n_vocab()], np.float32))
         return np.array(rows)
 
     return logits
@@ -98,7 +104,7 @@ def _measured(
     case: str, way: Way, texts: Sequence[Text], reference: Sequence[Rows], size: int | None, facts: dict[str, Any]
 ) -> Iterator[Line]:
     print(f"{case} ...", flush=True)
-    yield from _lines(case, texts, [way(text.ids)[text.first - 1 : -1] for text in texts], reference, size, facts)
+    yield from _lines(case, texts, [way(text.ids, text.first - 1)[:-1] for text in texts], reference, size, facts)
 
 
 def _lines(
@@ -166,7 +172,7 @@ def parity(subject: Subject, prompts: int, new: int) -> Iterator[Line]:
         theirs = [id_ for id_, _ in zip(lm.follow(prompt), range(new), strict=False)]
         equal += ours == theirs
         ids = [*prompt, *theirs]
-        largest = max(largest, float(np.abs(engine.logits(ids, None) - base(ids)).max()))
+        largest = max(largest, float(np.abs(engine.logits(ids, None) - base(ids, 0)).max()))
         print(f"parity: {number + 1} of {len(asked)} prompts", flush=True)
     yield _line(
         "float32 graph",
@@ -180,7 +186,7 @@ def parity(subject: Subject, prompts: int, new: int) -> Iterator[Line]:
     lm.attach(subject.adapter(0))
     tuned = _torch(lm.model)
     for prompt in asked:
-        own, theirs = engine.logits(prompt, "r8"), tuned(prompt)
+        own, theirs = engine.logits(prompt, "r8"), tuned(prompt, 0)
         departure = max(departure, float(np.abs(own - theirs).max()))
         effect = max(effect, float(np.abs(engine.logits(prompt, None) - theirs).max()))
     facts = {**facts, "largest effect of the adapter": effect}

@@ -77,10 +77,13 @@ def _candidates(
         return process
 
     for precision in PRECISIONS:
-        process = opened({"kind": "bundle", "folder": str(subject.bundle(precision))})
+        process, adapted = (
+            opened({"kind": "bundle", "folder": str(folder)})
+            for folder in (subject.plain(precision), subject.bundle(precision))
+        )
         new = NEW if precision != "float32" else SLOW_NEW
         add(f"{OURS}, {precision}", DECODE, process.block, prompt=CONTEXT, new=new)
-        add(f"{OURS}, {precision}", DECODE_R8, process.block, prompt=CONTEXT, new=new, adapter="r8")
+        add(f"{OURS}, {precision}", DECODE_R8, adapted.block, prompt=CONTEXT, new=new, adapter="r8")
         add(f"{OURS}, {precision}", PROMPT, process.block, prompt=PREFILL, new=0)
     if "llama.cpp" not in peers.without:
         bench = LlamaBench(peers.llama_bench, peers.gguf, subject.threads)

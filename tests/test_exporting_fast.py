@@ -177,10 +177,15 @@ def test_adapters_equal_peft_and_rank_0_changes_nothing(tmp_path: Path, case: st
     graph = exact(tmp_path / "hf", tmp_path / "out")
     plain = exact(tmp_path / "hf", tmp_path / "plain", adapters=False)
     assert not plain.sites
+    assert plain.plain is None
     assert len({site.module for site in graph.sites}) == 3 * (4 if case == "phi3" else 7)
     run, ones = session(tmp_path / "out"), np.ones_like(IDS)
     off, _ = step(run, graph, IDS, ones)
     assert np.array_equal(off, step(session(tmp_path / "plain"), plain, IDS, ones)[0])
+    assert graph.plain is not None
+    beside = ort.InferenceSession(str(tmp_path / "out" / graph.plain), providers=["CPUExecutionProvider"])
+    assert not beside.get_overridable_initializers()
+    assert np.array_equal(off, step(beside, graph, IDS, ones)[0])
     lora, layers = adapted(made, "all-linear")
     expected = reference(lora, IDS)
     assert np.abs(off - expected).max() > 0.02

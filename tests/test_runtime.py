@@ -122,6 +122,7 @@ def test_logits_are_those_of_the_formulas(engine, tiny, adapter):
     tensors = {None: None, "a": A(tiny), "b": B(tiny)}[adapter]
     expected, _ = reference(tiny, IDS, tensors)
     assert np.abs(engine.logits(IDS, adapter) - expected).max() < 1e-3
+    assert np.abs(engine.logits(IDS, adapter, first=5) - expected[5:]).max() < 1e-3
     assert adapter is None or np.abs(expected - reference(tiny, IDS)[0]).max() > 1
 
 
@@ -277,6 +278,41 @@ def test_after_a_switch_nothing_of_the_old_adapter_is_left(engine, tiny):
         assert stream.adapter == ({asked: 1.0} if isinstance(asked, str) else dict(asked or {}))
         chat.append(Turn("assistant", stream.text))
     assert answer(engine, [*chat, Turn("user", "go on")], adapter="a").reused > 0
+
+
+def test_adapters_are_paid_for_from_the_first_that_is_asked_for(tmp_path, monkeypatch):
+    import onnx
+
+    bundle = write_bundle(tmp_path / "bundle", kv_cache="shared", last_logits_only=True)
+    manifest = bundles.load(bundle)
+    tiny = random_tiny(vocabulary=manifest.graph.vocabulary)
+    plain = onnx.load(bundle / "model.onnx")
+    lora = {name for site in manifest.graph.sites for name in (site.lora_a, site.lora_b)}
+    for value in [value for value in plain.graph.input if value.name in lora]:
+        plain.graph.input.remove(value)
+    onnx.save(plain, bundle / "plain.onnx")
+    manifest = manifest.model_copy(update={"graph": manifest.graph.model_copy(update={"plain": "plain.onnx"})})
+    bundles.write(bundle, manifest)
+    opened, whole = [], providers.open_session
+    monkeypatch.setattr(providers, "open_session", lambda file, *rest: opened.append(file.name) or whole(file, *rest))
+
+    engine = Engine.open(bundle, threads=1)
+    engine.load_adapter("a", write_adapter(tmp_path / "a.onnx_adapter", A(tiny)))
+    states = engine.hidden_states(IDS[:6], follows=True)
+    before = answer(engine, CHATS[0])
+    assert opened == ["plain.onnx"]
+    adapted = answer(engine, CHATS[0], adapter="a")
+    assert list(adapted.ids) == greedily(tiny, adapted.prompt_ids, 12, A(tiny), engine.chat.stop_ids)
+    assert opened == ["plain.onnx", "model.onnx"]
+    assert answer(engine, CHATS[0]).ids == before.ids != adapted.ids
+    assert np.allclose(engine.hidden_states(IDS, follows=True)[:6], states, atol=1e-5)
+    assert opened == ["plain.onnx", "model.onnx"]
+    assert lora <= engine.inputs
+
+    bundles.write(bundle, manifest.model_copy(update={"active": "a"}))
+    monkeypatch.setattr("edge_sdss.runtime.adapters.read_entry", None)
+    Engine.open(bundle, threads=1)
+    assert opened[2:] == ["model.onnx"]
 
 
 def test_an_adapter_that_is_loaded_anew_is_another(engine, tiny, tmp_path):

@@ -78,6 +78,7 @@ class Graph(_Record):
     width: int
     context: int
     sites: tuple[Site, ...] = ()
+    plain: str | None = Field(None, description="file of the same graph, over the same weights, without `sites`")
 
 
 class AdapterEntry(_Record):
@@ -190,8 +191,8 @@ def _check_bindings(folder: Path, manifest: Manifest) -> None:
         twice = [value for value in values if values.count(value) > 1]
         if twice:
             raise InputError(_asked(folder, f"it names the {what} {twice[0]} twice"))
-    for needed in (manifest.graph.file, TOKENIZER):
-        if needed not in paths:
+    for needed in (manifest.graph.file, TOKENIZER, manifest.graph.plain):
+        if needed is not None and needed not in paths:
             raise InputError(_asked(folder, f"it does not name the file {needed}"))
     if manifest.active is not None and manifest.active not in names:
         raise InputError(_asked(folder, f"its active adapter {manifest.active} is not among its adapters"))

@@ -19,6 +19,7 @@ from edge_sdss.exporting.fast_weights import Weights
 from edge_sdss.types import Progress, no_progress
 
 _OPSET, _IR_VERSION = 21, 10
+_PLAIN = "plain.onnx"
 
 
 def build(
@@ -58,11 +59,33 @@ def build_with(options: Options, folder: Path, out: Path, progress: Progress = n
     out.mkdir(parents=True, exist_ok=True)
     model = ir.Model(graph, ir_version=_IR_VERSION, producer_name="edge_sdss")
     ir.save(model, out / "model.onnx", external_data="model.onnx.data")
+    if net.sites:
+        _write_plain(out, {name for site in net.sites for name in (site.lora_a, site.lora_b)})
     float_name = "float16" if net.dtype is np.float16 else "float32"
     return Graph(
         precision=options.precision, block_size=options.block_size if options.precision.startswith("int") else None,
         kv_cache="shared", kv_dtype=float_name, lora_dtype=float_name, position_ids=False,
         hidden_states=options.hidden_states, last_logits_only=options.last_logits_only, layers=spec.layers,
         kv_heads=spec.kv_heads, head_dim=spec.head_dim, vocabulary=spec.vocabulary, width=spec.width,
-        context=spec.context, sites=tuple(net.sites),
+        context=spec.context, sites=tuple(net.sites), plain=_PLAIN if net.sites else None,
     )  # fmt: skip
+
+
+def _write_plain(out: Path, lora: set[str]) -> None:
+    """Writes the graph once more over the same data file, without adapters: even of rank 0 their nodes take time."""
+    import onnx_ir as ir
+
+    graph = ir.load(out / "model.onnx").graph
+    gone = []
+    for node in graph:
+        kind = (node.name or "").rpartition(".")[2]
+        if kind == "adapted":
+            base = node.inputs[2 if node.op_type == "Gemm" else 0]
+            assert base is not None
+            ir.convenience.replace_all_uses_with(node.outputs[0], base)
+        if kind in ("adapted", "lora_inner", "lora_outer"):
+            gone.append(node)
+    graph.remove(gone, safe=True)
+    for name in lora:
+        graph.inputs.remove(graph.initializers.pop(name))
+    ir.save(ir.Model(graph, ir_version=_IR_VERSION, producer_name="edge_sdss"), out / _PLAIN)

@@ -93,7 +93,7 @@ class Decoder:
         if not quantised:
             found = net.op("Gather", net.floats(f"{name}.weight", table), ids, name=f"{name}.rows")
             return self._scaled(self._flat(found, name, spec.width)), lambda x: self._head(
-                x, lambda y: self._float_head(y, head_table)
+                x, lambda y: self._float_head(y, head_table), rows_only=spec.tied
             )
         packed = self._pack(table, "head")
         codes = net.constant(f"{name}.codes", packed.codes)
@@ -108,7 +108,7 @@ class Decoder:
         embedded = self._scaled(self._flat(blocked, name, spec.width))
         if not spec.tied:
             packed, name = self._pack(head_table, "head"), "lm_head"
-        return embedded, lambda x: self._head(x, lambda y: net.packed_product(y, packed, name, None))
+        return embedded, lambda x: self._head(x, lambda y: net.packed_product(y, packed, name, None), rows_only=False)
 
     def _scaled(self, embedded: ir.Value) -> ir.Value:
         if self.spec.embedding_scale == 1:
@@ -123,18 +123,21 @@ class Decoder:
             return net.product(x, table, "lm_head", None)
         return net.op("Gemm", x, net.constants["model.embed_tokens.weight"], name="lm_head.product", transB=1)
 
-    def _head(self, x: ir.Value, product: Callable[[ir.Value], ir.Value]) -> ir.Value:
+    def _head(self, x: ir.Value, product: Callable[[ir.Value], ir.Value], *, rows_only: bool) -> ir.Value:
+        """The logits; unless the product takes `rows_only`, its third axis comes before it: no score is copied."""
         net, cap, only_last = self.net, self.spec.final_softcap, self.options.last_logits_only
-        scores = product(self._last(x) if only_last else x)
+        middle = net.constant("middle_axis", np.array([1], np.int64))
+        x = self._last(x) if only_last else x
+        early = only_last and not rows_only
+        scores = product(net.op("Unsqueeze", x, middle, name="last.row") if early else x)
         if cap:
             limit = net.floats("final_softcap", np.array(cap))
             bounded = net.op("Tanh", net.op("Div", scores, limit, name="capped.in"), name="capped.tanh")
             scores = net.op("Mul", bounded, limit, name="capped")
-        if only_last:
-            middle = net.constant("middle_axis", np.array([1], np.int64))
-            scores = net.op("Unsqueeze", scores, middle, name="last.scores")
-        else:
+        if not only_last:
             scores = self._apart(scores, "scores")
+        elif not early:
+            scores = net.op("Unsqueeze", scores, middle, name="last.scores")
         return self._output(scores, "logits", ("batch", 1 if only_last else "n", self.spec.vocabulary))
 
     def _last(self, x: ir.Value) -> ir.Value:

@@ -110,11 +110,20 @@ class Net:
         if self.dtype is np.float16:
             columns = packed.codes.shape[1] * size
         if name not in self._values:
-            pool = np.zeros((inputs, columns - inputs))
-            pool[np.arange(inputs), np.arange(inputs) // size] = 1 / size
-            means = self.op("MatMul", x, self.floats(f"pool_{inputs}", pool), name=f"{x.name}.means")
+            means = self._means(x, inputs, size, columns - inputs)
             self._values[name] = self.op("Concat", x, means, name=name, axis=-1)
         return self._values[name], columns
+
+    def _means(self, x: ir.Value, inputs: int, size: int, means: int) -> ir.Value:
+        """The means of x's blocks, by nodes that read no matrix; where zeros have to follow, by a product."""
+        if means * size != inputs:
+            pool = np.zeros((inputs, means))
+            pool[np.arange(inputs), np.arange(inputs) // size] = 1 / size
+            return self.op("MatMul", x, self.floats(f"pool_{inputs}", pool), name=f"{x.name}.means")
+        shape = self.constant(f"blocks_{means}_{size}", np.array([-1, means, size], np.int64))
+        blocks = self.op("Reshape", x, shape, name=f"{x.name}.blocks")
+        axis = self.constant("block_axis", np.array([2], np.int64))
+        return self.op("ReduceMean", blocks, axis, name=f"{x.name}.means", keepdims=0)
 
     def adapter(self, x: ir.Value, y: ir.Value, name: str, inputs: int, modules: Sequence[tuple[str, int]]) -> ir.Value:
         """Returns y + (x A) B. A and B are inputs whose defaults have rank 0; `modules` share them, side by side.

@@ -18,8 +18,9 @@ from edge_sdss.lm.decoding import Generation
 from edge_sdss.runtime import adapters, batch, measures, providers
 from edge_sdss.runtime.adapters import ACTIVE, Adapter, Asked, Mix
 from edge_sdss.runtime.chat import Tokenizer, read_json, rows_of
-from edge_sdss.runtime.lane import Floats, Lane, Loaded
+from edge_sdss.runtime.lane import Floats, Lane
 from edge_sdss.runtime.sampling import Sampling
+from edge_sdss.runtime.sessions import Sessions
 from edge_sdss.runtime.stream import Embeddings, Stream
 from edge_sdss.runtime.talk import Talk
 from edge_sdss.runtime.writer import Pieces, Writer
@@ -35,15 +36,15 @@ class Engine:
     adapter, by name or as names with scales, of requests that ask for no other. Not for use by several threads.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, opened: providers.Opened) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, sessions: Sessions) -> None:
         self.folder, self.manifest = folder, manifest
-        self.provider, self.provider_reason = opened.provider, opened.reason
+        self.provider, self.provider_reason = sessions.provider, sessions.reason
         self.tokenizer = Tokenizer(folder)
         self._generation = read_json(folder / "generation_config.json")
         stops = self._generation.get("eos_token_id")
         self.chat = Chat(self.tokenizer, manifest.stop_ids or (stops if isinstance(stops, list) else [stops]))
         self.active: str | Mapping[str, float] | None = manifest.active
-        self._loaded = Loaded.of(opened.session, manifest, opened.device)
+        self._sessions = sessions
         self._mixes: dict[adapters.Key, Mix] = {}
         self._talk: Talk | None = None  # of the last stream, for the next turn of its chat
         self._read: Talk | None = None  # of the base model beside it, for `hidden_states`
@@ -60,8 +61,7 @@ class Engine:
         """
         providers.library()
         manifest = bundles.load(bundle)
-        opened = providers.open_session(bundle / manifest.graph.file, manifest, provider, threads)
-        return cls(bundle, manifest, opened)
+        return cls(bundle, manifest, Sessions(bundle, manifest, provider, threads))
 
     # What a language model is asked for its facts
 
@@ -88,13 +88,13 @@ class Engine:
     @property
     def inputs(self) -> frozenset[str]:
         """The names that the graph takes, those of adapters among them."""
-        session = self._loaded.session
+        session = self._sessions.loaded(adapters=True).session
         return frozenset(value.name for value in (*session.get_inputs(), *session.get_overridable_initializers()))
 
     @property
     def device(self) -> SimpleNamespace:
         """`device.type` is "cpu" or "cuda"."""
-        return SimpleNamespace(type=self._loaded.device)
+        return SimpleNamespace(type=self._sessions.device)
 
     @cached_property
     def defaults(self) -> Sampling:
@@ -254,10 +254,10 @@ class Engine:
             raise InputError(message("measure a text", f"it has {len(ids)} token(s)", "give a longer one"))
         return measures.loss(self._new_talk(self._mix(adapter), len(ids)), ids, 1)
 
-    def logits(self, ids: Sequence[int], adapter: Asked = ACTIVE) -> Floats:
-        """Returns the logits at each position, [n, V] float32, for comparing with another implementation."""
+    def logits(self, ids: Sequence[int], adapter: Asked = ACTIVE, *, first: int = 0) -> Floats:
+        """Returns the logits from position `first` on, [n - first, V] float32, to compare implementations by."""
         talk = self._new_talk(self._mix(adapter), len(ids))
-        return np.concatenate([part.copy() for _, part in measures.logits(talk, self._fitting(ids), 0)])
+        return np.concatenate([part.copy() for _, part in measures.logits(talk, self._fitting(ids), first)])
 
     def token_embeddings(self, text: str, max_tokens: int) -> Floats:
         """Returns E(T), the base model's last hidden states after the final norm: [n, d] float32.
@@ -321,7 +321,12 @@ class Engine:
         return Writer(pieces, how, self.chat.stop_ids, prompt, draws, min(limit, self.context - len(prompt)))
 
     def _new_talk(self, mix: Mix, capacity: int) -> Talk:
-        return Talk(Lane.empty(self._loaded, mix, capacity))
+        loaded = self._sessions.loaded(adapters=bool(mix.key))
+        self._talk, self._read = (  # one of another session would hold the weights twice
+            talk if talk is not None and talk.lane.adapters == loaded.adapters else None
+            for talk in (self._talk, self._read)
+        )
+        return Talk(Lane.empty(loaded, mix, capacity))
 
     def _mix(self, asked: Asked) -> Mix:
         if asked is ACTIVE:
@@ -332,7 +337,7 @@ class Engine:
                 found = f"there are {', '.join(sorted(self.adapters)) or 'none'}"
                 raise InputError(message(f"use adapter {name}", found, "load it, or give another"))
         parts = {name: (self.adapters[name], adapters.check_scale(name, scale)) for name, scale in scales.items()}
-        mix = Mix(parts, self.manifest.graph, self._loaded.device)
+        mix = Mix(parts, self.manifest.graph, self._sessions.device)
         if mix.key not in self._mixes:  # tensors of one adapter are bound as they are; of others one set is kept
             self._mixes = {key: one for key, one in self._mixes.items() if one.borrowed or mix.borrowed}
         return self._mixes.setdefault(mix.key, mix)

@@ -33,20 +33,21 @@ class Loaded:
     graph: Graph
     device: str
     types: dict[str, str]  # of its outputs
+    adapters: bool  # whether it takes them
 
     @classmethod
-    def of(cls, session: Any, manifest: Manifest, device: str) -> Loaded:
+    def of(cls, session: Any, manifest: Manifest, device: str, *, adapters: bool = True) -> Loaded:
         """Raises InputError where the graph lacks what the manifest names: such an input would be never bound."""
         graph = manifest.graph
         types = {value.name: value.type[len("tensor(") : -1] for value in session.get_outputs()}
         types = {name: "float32" if kind == "float" else kind for name, kind in types.items()}
         inputs = {value.name for value in (*session.get_inputs(), *session.get_overridable_initializers())}
-        wanted = {name for site in graph.sites for name in (site.lora_a, site.lora_b)} - inputs
+        wanted = {name for site in graph.sites if adapters for name in (site.lora_a, site.lora_b)} - inputs
         wanted |= {"logits", *(["hidden_states"] if graph.hidden_states else [])} - types.keys()
         if wanted:
             found = f"its graph has no {min(wanted)}, which the manifest names"
             raise InputError(message(f"open a bundle of {manifest.base}", found, "export it anew"))
-        return cls(session, graph, device, types)
+        return cls(session, graph, device, types, adapters)
 
 
 class Lane:
@@ -83,6 +84,11 @@ class Lane:
         if self.last_logits_only:
             return _PIECE
         return max(1, min(_PIECE, _LOGITS_BYTES // (4 * self._loaded.graph.vocabulary)))
+
+    @property
+    def adapters(self) -> bool:
+        """Whether its session takes adapters."""
+        return self._loaded.adapters
 
     @property
     def last_logits_only(self) -> bool:
