@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -293,22 +294,36 @@ def test_adapters_are_paid_for_from_the_first_that_is_asked_for(tmp_path, monkey
     onnx.save(plain, bundle / "plain.onnx")
     manifest = manifest.model_copy(update={"graph": manifest.graph.model_copy(update={"plain": "plain.onnx"})})
     bundles.write(bundle, manifest)
-    opened, whole = [], providers.open_session
-    monkeypatch.setattr(providers, "open_session", lambda file, *rest: opened.append(file.name) or whole(file, *rest))
+    opened, living, failing, whole = [], [], [False, True], providers.open_session
+
+    def opening(file, *rest):
+        assert not any(session() for session in living), "the weights would be in memory twice"
+        opened.append(file.name)
+        if len(opened) == 2 and failing.pop():
+            opened.pop()
+            raise MemoryError
+        found = whole(file, *rest)
+        living.append(weakref.ref(found.session))
+        return found
+
+    monkeypatch.setattr(providers, "open_session", opening)
 
     engine = Engine.open(bundle, threads=1)
     engine.load_adapter("a", write_adapter(tmp_path / "a.onnx_adapter", A(tiny)))
     states = engine.hidden_states(IDS[:6], follows=True)
-    before = answer(engine, CHATS[0])
+    before = answer(engine, CHATS[0]).ids
     assert opened == ["plain.onnx"]
+    with pytest.raises(MemoryError):
+        answer(engine, CHATS[0], adapter="a")
     adapted = answer(engine, CHATS[0], adapter="a")
     assert list(adapted.ids) == greedily(tiny, adapted.prompt_ids, 12, A(tiny), engine.chat.stop_ids)
     assert opened == ["plain.onnx", "model.onnx"]
-    assert answer(engine, CHATS[0]).ids == before.ids != adapted.ids
+    assert answer(engine, CHATS[0]).ids == before != adapted.ids
     assert np.allclose(engine.hidden_states(IDS, follows=True)[:6], states, atol=1e-5)
     assert opened == ["plain.onnx", "model.onnx"]
     assert lora <= engine.inputs
 
+    living.clear()
     bundles.write(bundle, manifest.model_copy(update={"active": "a"}))
     monkeypatch.setattr("edge_sdss.runtime.adapters.read_entry", None)
     Engine.open(bundle, threads=1)

@@ -321,11 +321,10 @@ class Engine:
         return Writer(pieces, how, self.chat.stop_ids, prompt, draws, min(limit, self.context - len(prompt)))
 
     def _new_talk(self, mix: Mix, capacity: int) -> Talk:
-        loaded = self._sessions.loaded(adapters=bool(mix.key))
-        self._talk, self._read = (  # one of another session would hold the weights twice
-            talk if talk is not None and talk.lane.adapters == loaded.adapters else None
-            for talk in (self._talk, self._read)
-        )
+        asked = bool(mix.key)
+        if self._sessions.would_change(adapters=asked):
+            self._talk = self._read = None  # they hold the session
+        loaded = self._sessions.loaded(adapters=asked)
         return Talk(Lane.empty(loaded, mix, capacity))
 
     def _mix(self, asked: Asked) -> Mix:

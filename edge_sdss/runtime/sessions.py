@@ -19,27 +19,34 @@ class Sessions:
     """
 
     def __init__(self, folder: Path, manifest: Manifest, asked: str, threads: int | None) -> None:
-        graph = manifest.graph
         self._folder, self._manifest, self._threads = folder, manifest, threads
-        self._loaded = self._open(graph.plain if graph.plain and manifest.active is None else graph.file, asked)
+        self._whole = not manifest.graph.plain or manifest.active is not None
+        self._loaded: Loaded | None = self._open(asked)
+
+    def would_change(self, *, adapters: bool) -> bool:
+        """Whether `loaded` would open another session: what holds the one before keeps its weights in memory."""
+        return adapters and not self._whole
 
     def loaded(self, *, adapters: bool) -> Loaded:
         """Returns the open session; where `adapters` are asked for, and it has none of their inputs, another.
 
         It takes the place of the first, and stays: two would hold the weights twice.
         """
-        if adapters and not self._loaded.adapters:
-            self._loaded = self._open(self._manifest.graph.file, self.provider)
+        if self.would_change(adapters=adapters):
+            self._loaded, self._whole = None, True
+        if self._loaded is None:
+            self._loaded = self._open(self.provider)
         return self._loaded
 
     @property
     def device(self) -> str:
         """ "cpu" or "cuda"."""
-        return self._loaded.device
+        return self.loaded(adapters=False).device
 
-    def _open(self, file: str, asked: str) -> Loaded:
+    def _open(self, asked: str) -> Loaded:
+        graph = self._manifest.graph
+        file = graph.file if self._whole or not graph.plain else graph.plain
         opened = providers.open_session(self._folder / file, self._manifest, asked, self._threads)
         if not hasattr(self, "provider"):
             self.provider, self.reason = opened.provider, opened.reason
-        whole = file == self._manifest.graph.file
-        return Loaded.of(opened.session, self._manifest, opened.device, adapters=whole)
+        return Loaded.of(opened.session, self._manifest, opened.device, adapters=self._whole)
