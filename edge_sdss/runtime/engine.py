@@ -154,7 +154,9 @@ class Engine:
 
         def acquire() -> Talk:
             talk, self._talk = self._talk, None
-            return talk if talk is not None and talk.lane.mix.key == mix.key else self._new_talk(mix, total)
+            if talk is not None and talk.lane.mix.key != mix.key:
+                talk = None  # let go before another is made
+            return self._new_talk(mix, total) if talk is None else talk
 
         def release(talk: Talk) -> None:
             self._talk = talk
