@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from edge_sdss import bundles
 from edge_sdss.bundles import Manifest
-from edge_sdss.errors import ConfigError, InputError, message
+from edge_sdss.errors import BackendUnavailable, ConfigError, InputError, message
 from edge_sdss.lm.chat import Chat, Encoded
 from edge_sdss.lm.decoding import Generation
 from edge_sdss.runtime import adapters, batch, measures, providers
@@ -61,6 +61,12 @@ class Engine:
         """
         providers.library()
         manifest = bundles.load(bundle)
+        if manifest.graph.static is not None:
+            found, do = (
+                "its graphs have fixed shapes, which the engine does not run yet",
+                "see docs/npu.md for its checks",
+            )
+            raise BackendUnavailable(message(f"answer with the bundle {bundle}", found, do))
         return cls(bundle, manifest, Sessions(bundle, manifest, provider, threads))
 
     # What a language model is asked for its facts
