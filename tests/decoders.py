@@ -150,7 +150,8 @@ class Decoder:
         masked = self.op("Add", [scores, "mask"], f"{at}.masked")
         context = self.op("MatMul", [self.op("Softmax", [masked], f"{at}.weights", axis=-1), values], f"{at}.context")
         flat = self.op("Transpose", [context], f"{at}.flat", perm=[0, 2, 1, 3])
-        return self.op("MatMul", [self.op("Reshape", [flat, self.const([1, TOKENS, WIDTH], np.int64)], f"{at}.joined"), f"{at}.o.weight"], f"{at}.o")  # fmt: skip
+        joined = self.op("Reshape", [flat, self.const([1, TOKENS, WIDTH], np.int64)], f"{at}.joined")
+        return self.op("MatMul", [joined, f"{at}.o.weight"], f"{at}.o")
 
     def layer(self, x: str, at: str) -> str:
         number = at.rpartition(".")[2]

@@ -4,7 +4,8 @@
     stages.py     a stage: feeds and names of tensors in, their values out; torch, and a graph on any provider
     measure.py    how far two values of one tensor are apart
     bisecting.py  from the first stage to the last, the first tensor that goes wrong
-    causes.py     known faults, each told by evidence in the graph and in the values
+    suspects.py   that tensor, with all that can be asked of it
+    causes.py     known faults, each told by evidence in the graph and in the values; attention.py, ranges.py: more
     placement.py  which node runs where, and why one fell back
     report.py     all of it in words and tables
     phone.py      a folder to carry to a phone, and the comparison of what it gives back

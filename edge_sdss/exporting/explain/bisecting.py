@@ -7,6 +7,7 @@ is wrong while what it is made of is right is where the fault is. Knows nothing 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,9 +15,10 @@ import numpy as np
 
 from edge_sdss.errors import InputError, message
 from edge_sdss.exporting.explain import measure
-from edge_sdss.exporting.explain.causes import Cause, Suspect, name_cause
+from edge_sdss.exporting.explain.causes import name_cause
 from edge_sdss.exporting.explain.graph import Array, Quantisation, Topology, layer
 from edge_sdss.exporting.explain.stages import Feeds, Stage
+from edge_sdss.exporting.explain.suspects import Cause, Suspect
 
 Tick = Callable[[str], None]
 
@@ -49,8 +51,8 @@ class Line:
 @dataclass(frozen=True)
 class Finding:
     """The first tensor that is wrong. `leaps`: what it is made of is right, so the fault is here; else the error has
-    grown bit by bit. `persists`: whether the graph's outputs are as wrong while this tensor is looked at, which can change
-    what a provider does; None where it was not asked."""
+    grown bit by bit. `persists`: whether the graph's outputs are as wrong while this tensor is looked at, which can
+    change what a provider does; None where it was not asked."""
 
     line: Line
     leaps: bool
@@ -120,15 +122,16 @@ def explain(
 ) -> Explanation:
     """Compares each stage with the one before it.
 
-    `topology` is the float graph's, whose names of tensors all stages use. `limits`: the relative error a stage may have,
-    by its name; by default `LIMITS`. `adapters`: the graph's inputs that are LoRA matrices. `tick` is told what is done.
+    `topology` is the float graph's, whose names of tensors all stages use. `limits`: the relative error a stage may
+    have, by its name; by default `LIMITS`. `adapters`: the graph's inputs that are LoRA matrices. `tick` is told what
+    is done.
     Raises InputError for fewer than two stages or no feeds.
     """
     if len(stages) < 2 or not feeds:
         found = f"{len(stages)} stages and {len(feeds)} feeds"
         raise InputError(message("explain a graph", found, "give two stages or more, and feeds"))
     pairs = []
-    for reference, candidate in zip(stages, stages[1:], strict=False):
+    for reference, candidate in itertools.pairwise(stages):
         limit = (limits or {}).get(candidate.name) or _limit(topology, reference, candidate)
         run = _Run(topology, reference, candidate, feeds, limit, tuple(adapters))
         tick(f"{reference.name} → {candidate.name}")
@@ -146,8 +149,9 @@ def _limit(topology: Topology, reference: Stage, candidate: Stage) -> float:
 
 
 def _pair(run: _Run, tick: Tick) -> Pair:
-    outputs = run.values(run.topology.outputs)
-    errors = {name: _difference(run, name, values).error for name, values in outputs.items()}
+    _compare(run, run.topology.outputs)
+    outputs = [name for name in run.topology.outputs if name in run.differences]
+    errors = {name: run.differences[name].error for name in outputs}
     name, leaps = _scan(run, tick)
     lines = tuple(_lines(run))
     finding = None
@@ -162,8 +166,8 @@ def _scan(run: _Run, tick: Tick) -> tuple[str | None, bool]:
 
     Where all at once is too much, as many as can be are looked at first, evenly through the graph. Then those that lead
     to the first wrong one, back to those that are known, until it is one of which all that it is made of is known. An
-    error can be hidden by what is added to it and come out later, so where it has no place of its own all that is before
-    is looked at.
+    error can be hidden by what is added to it and come out later, so where it has no place of its own all that is
+    before is looked at.
     """
     names, size = run.topology.tensors, _at_once(run)
     _compare(run, names if size >= len(names) else names[:: -(-len(names) // size)])

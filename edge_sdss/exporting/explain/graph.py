@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -234,9 +234,10 @@ class Quantised:
             return self.topology.producers.get(made.inputs[0]), made
         for node in self.topology.consumers.get(tensor, ()):
             if node.op == _QUANTISE:
-                for other in self.topology.consumers.get(node.outputs[0], ()):
-                    if other.op == _DEQUANTISE:
-                        return node, other
+                readers = self.topology.consumers.get(node.outputs[0], ())
+                found = [other for other in readers if other.op == _DEQUANTISE]
+                if found:  # one for each node that takes it; one that does not fit is what is looked for
+                    return node, min(found, key=lambda other: other.inputs[1:] == node.inputs[1:])
         for name in (f"{tensor}_quantized", f"{tensor}_QuantizeLinear_Output"):
             for node in self.topology.consumers.get(name, ()):
                 if node.op == _DEQUANTISE:
@@ -296,7 +297,6 @@ def with_outputs(model: Any, names: Mapping[str, str], topology: Topology) -> An
     return copy
 
 
-def numbers(values: Iterable[float]) -> str:
-    """Returns figures as a report shows them, the middle ones left out where there are many."""
-    shown = [f"{value:.4g}" for value in values]
-    return ", ".join(shown if len(shown) <= 4 else [*shown[:2], "…", *shown[-1:]])
+def listed(names: Sequence[str]) -> str:
+    """Returns names, the later ones counted where there are many."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
