@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edge_sdss import config, console, options
+from edge_sdss import cli_explain, config, console, options
 from edge_sdss.errors import EdgeSdssError, InputError, message
 from edge_sdss.options import Home, Json, Model, Set, Settings
 
@@ -41,6 +41,15 @@ def export(
         bool, typer.Option("--beyond-limits", help="Have a bundle that is beyond the recipe's limits; it is noted.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle that --out holds.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="No bundle: of an NPU's graph say which tensor goes wrong first, and why.")
+    ] = False,
+    allow_fallback: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-fallback", metavar="OP", help="With --explain: a node, or kind of node, may leave the NPU."
+        ),
+    ] = None,
     model: Model = None,
     home: Home = None,
     settings_file: Settings = None,
@@ -50,7 +59,8 @@ def export(
     """Make a bundle for a target: quantised graph, tokenizer, adapters, each stage checked against the one before.
 
     It appears when all of it is done. Examples: edge-sdss export --target onnxruntime-cpu --out bundle; edge-sdss
-    export --target list; edge-sdss export --adapter work=my-peft-folder --out bundle
+    export --target list; edge-sdss export --adapter work=my-peft-folder --out bundle; edge-sdss export --target qnn-htp
+    --explain (writes bundle.explain.md and .json; exit 1 where an output goes wrong)
     """
     from edge_sdss import boards, bundling
     from edge_sdss.bundles import recipes
@@ -61,6 +71,9 @@ def export(
     settings = options.settings(settings_file, set_, {"model": {"name": model}})
     recipe = recipes.load(target)
     given = {} if base_only else _given(adapter) or _of_home(options.home(home), settings)
+    if explain:
+        cli_explain.run(settings, recipe, given, out, overwrite, allow_fallback or (), json_)
+        return
     with console.progress() as progress:
         manifest = bundling.bundle(
             settings.model,

@@ -431,7 +431,8 @@ def test_each_node_is_placed_and_says_why_it_fell_back(htp: Any, tmp_path: Path,
 def test_reasons_are_read_from_the_log_as_qnn_writes_it() -> None:
     log = (
         "2026 [V:onnxruntime:, qnn_execution_provider.cc:1713 LogNodeSupport] Validation FAILED for 1 nodes in "
-        "OrtNodeUnit (CumSum) :\n\tOperator type: CumSum Node name: a Node index: 1\n\tREASON : QNN only supports value 0\n\n"
+        "OrtNodeUnit (CumSum) :\n\tOperator type: CumSum Node name: a Node index: 1\n"
+        "\tREASON : QNN only supports value 0\n\n"
         "2026 [V:x] Validation FAILED for 2 nodes in OrtNodeUnit (MatMul) :\n\tOperator type: DequantizeLinear "
         "Node name: b Node index: 2\n\tOperator type: MatMul Node name: c Node index: 3\n\tREASON : too wide.\n"
     )

@@ -21,13 +21,23 @@ def wrong_kv_position(suspect: Suspect) -> Cause | None:
         if name not in suspect.values:
             continue
         reference, candidate = (array.astype(np.float64) for array in suspect.values[name])
-        if reference.ndim < 3 or reference.shape != candidate.shape:
+        if reference.ndim != 4 or reference.shape != candidate.shape:  # [1, heads, positions, head_dim]
             continue
         evidence = _moved(reference, candidate, suspect.limit) or _rotated(reference, candidate, suspect.limit)
         if evidence:
             remedy = "count positions, mask and the slot written in the cache from one origin: the tokens in the past"
             return Cause("wrong KV position", (f"{name}: {evidence}",), remedy)
     return None
+
+
+def moved_rows(suspect: Suspect) -> Cause | None:
+    """Rows of a tensor that is no cache stand where others belong, though what it is made of is right."""
+    reference, candidate = suspect.pair
+    if reference.ndim not in (2, 3):
+        return None
+    evidence = _moved(reference, candidate, suspect.limit)
+    remedy = "compile it with another shape or soc_model, or leave the node in float; send the graph to the provider"
+    return Cause("rows in the wrong place", (evidence,), remedy) if evidence else None
 
 
 def _moved(reference: Array, candidate: Array, limit: float) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from edge_sdss.exporting.explain import measure
-from edge_sdss.exporting.explain.attention import wrong_kv_position
+from edge_sdss.exporting.explain.attention import moved_rows, wrong_kv_position
 from edge_sdss.exporting.explain.graph import listed
 from edge_sdss.exporting.explain.ranges import (
     HALF_MAX,
@@ -135,6 +135,7 @@ CAUSES: tuple[Callable[[Suspect], Cause | None], ...] = (
     mask_not_clamped,
     quantised_reciprocal,
     wrong_kv_position,
+    moved_rows,
     scale_off_by_two,
     saturated_range,
     stretched_range,

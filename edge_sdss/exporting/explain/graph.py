@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -97,18 +97,18 @@ class Topology:
         proto = load(model) if isinstance(model, Path) else model
         onnx = library()
         base = str(model.parent) if isinstance(model, Path) else ""
-        weights = {one.name: onnx.numpy_helper.to_array(one, base) for one in proto.graph.initializer}
+        tensors = {one.name: one for one in proto.graph.initializer}
         nodes = []
         for node in proto.graph.node:
             attributes = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
             if node.op_type == "Constant" and "value" in attributes:
-                weights[node.output[0]] = onnx.numpy_helper.to_array(attributes["value"], base)
+                tensors[node.output[0]] = attributes["value"]
                 continue
             name = node.name or node.output[0]
             given = tuple(one for one in node.input if one), tuple(one for one in node.output if one)
             nodes.append(Node(name, node.op_type, *given, attributes))
-        given_inputs = tuple(one.name for one in proto.graph.input if one.name not in weights)
-        return cls(tuple(nodes), given_inputs, tuple(one.name for one in proto.graph.output), weights)
+        given_inputs = tuple(one.name for one in proto.graph.input if one.name not in tensors)
+        return cls(tuple(nodes), given_inputs, tuple(one.name for one in proto.graph.output), _Constants(tensors, base))
 
     @cached_property
     def producers(self) -> dict[str, Node]:
@@ -178,6 +178,23 @@ class Topology:
         """Whether nothing but a Softmax takes it, which sees only what is near a row's greatest value."""
         takers = self.consumers.get(tensor, [])
         return bool(takers) and all(node.op == "Softmax" for node in takers)
+
+
+class _Constants(Mapping[str, Array]):
+    """Constants by name, read when they are asked for: there may be gigabytes of them."""
+
+    def __init__(self, tensors: Mapping[str, Any], base: str) -> None:
+        self._tensors, self._base = tensors, base
+
+    def __getitem__(self, name: str) -> Array:
+        array: Array = library().numpy_helper.to_array(self._tensors[name], self._base)
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def layer(tensor: str) -> int | None:

@@ -1,0 +1,239 @@
+"""Why a graph for the NPU answers otherwise than the model: every stage compared, on everyday texts.
+
+torch, the float graph, its quantised form on the CPU, and the same on the emulated HTP. Makes no bundle, and knows
+nothing of those on the disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edge_sdss import config
+from edge_sdss.bundles import peft
+from edge_sdss.bundles.recipes import Recipe
+from edge_sdss.bundling.agreement import texts
+from edge_sdss.errors import ConfigError, message
+from edge_sdss.exporting import explain, fast_config, htp, qdq, static_decoder
+from edge_sdss.exporting.blocks import Floats
+from edge_sdss.exporting.explain.placement import Placement, placement
+from edge_sdss.exporting.explain.stages import Feeds as StageFeeds
+from edge_sdss.exporting.explain.stages import on_cpu
+from edge_sdss.exporting.fast_weights import Weights
+from edge_sdss.exporting.static_decoder import Shape
+from edge_sdss.exporting.static_feeds import Feeds
+from edge_sdss.lm import loading
+from edge_sdss.lm.chat import Chat
+from edge_sdss.types import Progress, no_progress
+
+if TYPE_CHECKING:
+    from edge_sdss.exporting.fast_config import Spec
+
+AT_ONCE = 96
+"""Tensors that are looked at in one run on the HTP: each is an output, and an output can change what is fused."""
+
+_CALIBRATION, _SEED, _EFFECT = 16, 5, 0.1
+_IDS, _BEFORE = "ids", "ids before"  # for torch, which embeds and rotates by itself
+
+_POINTS = {
+    "attn.norm": "input_layernorm", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj", "attn.joined": "self_attn.o_proj:input", "attn.o": "self_attn.o_proj",
+    "attn.sum": "post_attention_layernorm:input", "mlp.norm": "post_attention_layernorm", "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj", "mlp.inner": "mlp.down_proj:input", "mlp.down": "mlp.down_proj", "out": "",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained:
+    """What was found, where the nodes of the last graph run, and what has to be said of both."""
+
+    found: explain.Explanation
+    placed: Placement
+    notes: tuple[str, ...]
+
+
+def explain_export(
+    settings: config.Model, recipe: Recipe, *, adapter: Path | None = None, progress: Progress = no_progress
+) -> Explained:
+    """Builds the recipe's prefill graph and compares its stages, with an adapter: the PEFT folder, or a drawn one.
+
+    Raises ConfigError for a recipe that has no static graph on the HTP, BackendUnavailable where onnxruntime-qnn or
+    torch is not installed, and what exporting raises.
+    """
+    if not recipe.shapes.static or recipe.providers[0].name != "qnn":
+        do = "choose qnn-htp, or a recipe of your own with shapes.static and the provider qnn"
+        raise ConfigError(message(f"explain an export for {recipe.name}", "it is not for an NPU with fixed shapes", do))
+    htp.check_installed()
+    torch = loading.torch_module()
+    folder = loading.find(settings.name, progress)
+    spec, weights = fast_config.read(folder), Weights(folder)
+    rank = recipe.shapes.rank.max if recipe.shapes.rank else 0
+    shape = Shape(recipe.shapes.sequence.max, recipe.shapes.past.max, rank)
+    model, tokenizer = loading.load(folder, torch.float32)
+    feeds = _Texts(
+        spec, weights, shape, _lora(spec, adapter, rank), model.eval(), _ids(Chat(tokenizer, [tokenizer.eos_token_id]))
+    )
+    with tempfile.TemporaryDirectory(prefix="edge_sdss-explain-") as aside:
+        file, quantised = _graphs(spec, weights, shape, recipe, feeds, Path(aside), progress)
+        stages = [_of_torch(spec, model, feeds.lora), explain.of_model("ONNX float32", file)]
+        if quantised is not None:
+            stages.append(explain.of_model("QDQ on the CPU", quantised))
+        last = quantised or file
+        stages.append(
+            explain.of_model(
+                "emulated HTP", last, open=_opener(recipe), arithmetic="float16", at_once=AT_ONCE, emulated=True
+            )
+        )
+        done = iter(range(1_000_000))
+        found = explain.explain(
+            stages, explain.Topology.of(file), list(feeds.compared()), adapters=tuple(feeds.lora),
+            tick=lambda text: progress(f"comparing {text}", next(done), 0),
+        )  # fmt: skip
+        placed = placement(last, htp.PROVIDER, _opener(recipe, fallback=True))
+    which = f"the adapter {adapter.name}" if adapter else "a drawn adapter, so that the LoRA path is looked at too"
+    note = f"Prefill graph of {spec.layers} layers, {shape.tokens} tokens behind {shape.past} slots, with {which}."
+    return Explained(found, placed, (note,))
+
+
+def _opener(recipe: Recipe, *, fallback: bool = False) -> Callable[..., Any]:
+    # the boundary's Q and DQ belong to the NPU, as they do where nothing may fall back
+    options = {**recipe.providers[0].options, "offload_graph_io_quantization": "0"}
+
+    def open(file: Path, entries: Mapping[str, str] | None = None, severity: int = 3) -> Any:
+        return htp.session(file, options, fallback=fallback, entries=entries, log_severity=severity)
+
+    return open
+
+
+class _Texts:
+    """Feeds of everyday texts: the first tokens of each, and the next ones behind a cache, which torch filled."""
+
+    def __init__(
+        self, spec: Spec, weights: Weights, shape: Shape, lora: dict[str, Floats], model: Any, ids: Sequence[Floats]
+    ) -> None:
+        self.spec, self.shape, self.lora, self.model, self.ids = spec, shape, lora, model, ids
+        self.feeds = Feeds(spec, weights["model.embed_tokens.weight"])
+
+    def compared(self) -> Iterator[dict[str, Any]]:
+        """A prompt's beginning and, where there is a cache, what follows it."""
+        tokens = self.shape.tokens
+        ids = np.concatenate(self.ids)
+        yield self._feed(ids[:0], ids[:tokens])
+        before = min(self.shape.past, tokens + 1)  # no multiple of anything, so that a shifted slot is seen
+        if before and len(ids) >= before + tokens:
+            yield self._feed(ids[:before], ids[before : before + tokens])
+
+    def calibration(self) -> Iterator[dict[str, Any]]:
+        """Each text's beginning, and its end behind it."""
+        for ids in self.ids[:_CALIBRATION]:
+            yield self._feed(ids[:0], ids[: self.shape.tokens])
+            half = min(len(ids) // 2, self.shape.past)
+            yield self._feed(ids[:half], ids[half:][: self.shape.tokens])
+
+    def _feed(self, before: Any, ids: Any) -> dict[str, Any]:
+        cache = self.feeds.cache(self.shape.past)
+        if len(before):
+            filled = _present(_call(self.model, before, None, self.spec, self.lora), self.spec)
+            self.feeds.keep(filled, cache, 0, len(before))
+        feed = self.feeds.step(ids, len(before), cache, self.shape)
+        return {**feed, **self.lora, _IDS: np.asarray(ids), _BEFORE: np.asarray(before)}
+
+
+def _graphs(
+    spec: Spec, weights: Weights, shape: Shape, recipe: Recipe, feeds: _Texts, aside: Path, progress: Progress
+) -> tuple[Path, Path | None]:
+    """The float graph, and the quantised one where the recipe has integers."""
+    import onnx_ir as ir
+
+    made = static_decoder.build(spec, weights, shape)
+    ir.save(made, aside / "float.onnx", external_data="float.data")
+    if recipe.precision not in ("int8", "int4"):
+        return aside / "float.onnx", None
+    wanted = qdq.wanted(made)
+    statistics = qdq.Statistics({}, {})
+    stage = explain.of_model("calibration", aside / "float.onnx", open=on_cpu)
+    for at, feed in enumerate(feeds.calibration()):
+        progress("calibrating", at, 2 * len(feeds.ids))
+        for name, values in stage.run(feed, list(wanted)).items():
+            statistics.add(name, values, gram=wanted[name])
+        statistics.add("embeddings", feed["embeddings"], gram=False)
+    qdq.quantise(made, statistics, qdq.Scheme(bits=4 if recipe.precision == "int4" else 8))
+    ir.save(made, aside / "qdq.onnx", external_data="qdq.data")
+    return aside / "float.onnx", aside / "qdq.onnx"
+
+
+def _of_torch(spec: Spec, model: Any, lora: Mapping[str, Floats]) -> explain.Stage:
+    """transformers, by token ids and its own cache: it shares nothing with the graph but weights and the adapter."""
+    points = {
+        f"layers.{layer}.{tensor}": f"model.layers.{layer}{'.' if module else ''}{module}"
+        for layer in range(spec.layers)
+        for tensor, module in _POINTS.items()
+    }
+
+    def call(feeds: StageFeeds) -> Mapping[str, Any]:
+        adapter = {name: feeds[name] for name in lora}
+        before, ids = feeds[_BEFORE], feeds[_IDS]
+        past = _call(model, before, None, spec, adapter).past_key_values if len(before) else None
+        made = _call(model, ids, past, spec, adapter)
+        cache = {name: array[:, :, -len(ids) :] for name, array in _present(made, spec, numpy=False).items()}
+        return {"logits": made.logits, **cache}
+
+    return explain.of_torch("torch", points | {"norm": "model.norm"}, call, model)
+
+
+def _call(model: Any, ids: Any, past: Any, spec: Spec, lora: Mapping[str, Floats]) -> Any:
+    """Runs the model with y + (x A) B at each adapted linear."""
+    import torch
+
+    modules = dict(model.named_modules())
+    hooks = []
+    for site in static_decoder.sites(spec) if lora else ():
+        a, b = (torch.from_numpy(np.ascontiguousarray(lora[name])) for name in (site.lora_a, site.lora_b))
+
+        def add(module: Any, given: Any, out: Any, a: Any = a, b: Any = b) -> Any:
+            return out + given[0] @ a @ b
+
+        hooks.append(modules[site.module].register_forward_hook(add, prepend=True))
+    try:
+        with torch.no_grad():
+            return model(torch.from_numpy(np.asarray(ids, np.int64))[None], past_key_values=past, use_cache=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _present(made: Any, spec: Spec, *, numpy: bool = True) -> dict[str, Any]:
+    """The keys and values that transformers keeps, by the graph's names of its outputs."""
+    found = {}
+    for layer, cached in enumerate(made.past_key_values.layers):
+        found[f"layers.{layer}.attn.k_rope"] = cached.keys
+        found[f"layers.{layer}.attn.v_heads"] = cached.values
+    return {name: value.numpy() for name, value in found.items()} if numpy else found
+
+
+def _lora(spec: Spec, adapter: Path | None, rank: int) -> dict[str, Floats]:
+    """All LoRA inputs: of the PEFT folder, or drawn so that each linear changes by about a tenth."""
+    found: dict[str, Floats] = {}
+    if not rank:
+        return found
+    draw = np.random.default_rng(_SEED)
+    known = peft.read(adapter).modules if adapter else None
+    for site in static_decoder.sites(spec):
+        arrays: dict[str, Floats] = {}
+        if known is None:
+            a = draw.normal(0, site.inputs**-0.5, (site.inputs, rank))
+            b = draw.normal(0, _EFFECT * rank**-0.5, (rank, site.outputs))
+            arrays = {site.lora_a: a.astype(np.float32), site.lora_b: b.astype(np.float32)}
+        elif site.module in known:
+            arrays = {site.lora_a: known[site.module].a, site.lora_b: known[site.module].b}
+        found |= static_decoder.padded(site, arrays, rank)
+    return found
+
+
+def _ids(chat: Chat) -> list[Any]:
+    return [ids for ids in texts(chat) if len(ids) > 1]

@@ -1,0 +1,67 @@
+"""What `export --explain` does: the report beside the bundle, in words on the screen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from edge_sdss import console
+from edge_sdss.errors import InputError, message
+
+if TYPE_CHECKING:
+    from edge_sdss import config
+    from edge_sdss.bundles.recipes import Recipe
+
+
+def run(
+    settings: config.Config,
+    recipe: Recipe,
+    adapters: Mapping[str, Path],
+    out: Path,
+    overwrite: bool,
+    allowed: Collection[str],
+    as_json: bool,
+) -> None:
+    """Writes OUT.explain.md and OUT.explain.json. Exit 1 where an output of the graph is wrong.
+
+    Raises ExportError, after the report is written, where a node fell back that is not allowed to.
+    """
+    from edge_sdss import files
+    from edge_sdss.bundling.explaining import explain_export
+    from edge_sdss.exporting.explain import placement, report
+
+    if len(adapters) > 1:
+        given = f"{', '.join(adapters)} are given"
+        raise InputError(message("explain an export", given, "give one --adapter, or --base-only"))
+    written = {kind: out.with_name(f"{out.name}.explain.{kind}") for kind in ("md", "json")}
+    if not overwrite and (there := next((file for file in written.values() if file.exists()), None)):
+        raise InputError(message(f"write {there}", "it is there already", "choose another --out or pass --overwrite"))
+    with console.progress() as progress:
+        adapter = next(iter(adapters.values()), None)
+        explained = explain_export(settings.model, recipe, adapter=adapter, progress=progress)
+    found, placed = explained.found, explained.placed
+    document = {"recipe": recipe.name, "notes": list(explained.notes), **report.document(found, placed)}
+    title = f"{settings.model.name} for {recipe.name}"
+    files.replace(written["md"], report.markdown(title, found, placed, explained.notes))
+    files.replace(written["json"], json.dumps(document, indent=1, allow_nan=False) + "\n")
+    if as_json:
+        console.emit(document, True)
+    else:
+        console.note(report.verdict(found, placed))
+        for line in _evidence(document):
+            console.note(line)
+    console.note(f"Open {written['md']}")
+    placement.check(placed, allowed)
+    if any(pair.harmful for pair in found.pairs):
+        raise typer.Exit(1)
+
+
+def _evidence(document: Mapping[str, object]) -> list[str]:
+    stages = document["stages"]
+    assert isinstance(stages, list)
+    finding = next((stage["finding"] for stage in stages if stage["finding"]), None)
+    return [] if finding is None else [f"  {one}" for one in finding["evidence"]]
