@@ -8,7 +8,6 @@
     causes.py     known faults, each told by evidence in the graph and in the values; attention.py, ranges.py: more
     placement.py  which node runs where, and why one fell back
     report.py     all of it in words and tables
-    phone.py      a folder to carry to a phone, and the comparison of what it gives back
 
 Knows nothing of bundles, of how a graph was made, and of what it computes.
 """
