@@ -50,6 +50,9 @@ def export(
             "--allow-fallback", metavar="OP", help="With --explain: a node, or kind of node, may leave the NPU."
         ),
     ] = None,
+    phone: Annotated[
+        Path | None, typer.Option("--phone", metavar="DIR", help="No bundle: a folder to check a real phone with.")
+    ] = None,
     model: Model = None,
     home: Home = None,
     settings_file: Settings = None,
@@ -73,6 +76,9 @@ def export(
     given = {} if base_only else _given(adapter) or _of_home(options.home(home), settings)
     if explain:
         cli_explain.run(settings, recipe, given, out, overwrite, allow_fallback or (), json_)
+        return
+    if phone is not None:
+        cli_explain.phone(settings, recipe, given, phone, json_)
         return
     with console.progress() as progress:
         manifest = bundling.bundle(

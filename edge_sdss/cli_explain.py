@@ -1,4 +1,4 @@
-"""What `export --explain` does: the report beside the bundle, in words on the screen."""
+"""What `export --explain` and `export --phone` do."""
 
 from __future__ import annotations
 
@@ -34,14 +34,11 @@ def run(
     from edge_sdss.bundling.explaining import explain_export
     from edge_sdss.exporting.explain import placement, report
 
-    if len(adapters) > 1:
-        given = f"{', '.join(adapters)} are given"
-        raise InputError(message("explain an export", given, "give one --adapter, or --base-only"))
+    adapter = _one(adapters)
     written = {kind: out.with_name(f"{out.name}.explain.{kind}") for kind in ("md", "json")}
     if not overwrite and (there := next((file for file in written.values() if file.exists()), None)):
         raise InputError(message(f"write {there}", "it is there already", "choose another --out or pass --overwrite"))
     with console.progress() as progress:
-        adapter = next(iter(adapters.values()), None)
         explained = explain_export(settings.model, recipe, adapter=adapter, progress=progress)
     found, placed = explained.found, explained.placed
     document = {"recipe": recipe.name, "notes": list(explained.notes), **report.document(found, placed)}
@@ -58,6 +55,26 @@ def run(
     placement.check(placed, allowed)
     if any(pair.harmful for pair in found.pairs):
         raise typer.Exit(1)
+
+
+def phone(settings: config.Config, recipe: Recipe, adapters: Mapping[str, Path], out: Path, as_json: bool) -> None:
+    """Writes the folder for a phone, and says what to do with it."""
+    from edge_sdss.bundling.explaining import phone_folder
+
+    with console.progress() as progress:
+        made = phone_folder(settings.model, recipe, out, adapter=_one(adapters), progress=progress)
+    told = json.loads((made / "cases.json").read_text(encoding="utf-8"))
+    errors = [{name: file["emulated"] for name, file in case["outputs"].items()} for case in told["cases"]]
+    console.emit({"phone": str(made), "binary": told["binary"], "emulated_errors": errors}, as_json)
+    console.note(f"Copy {made} to the phone; there, python run.py or sh run.sh; then python compare.py, anywhere.")
+    console.note("The limits come from the emulation; no device has run it.")
+
+
+def _one(adapters: Mapping[str, Path]) -> Path | None:
+    if len(adapters) > 1:
+        given = f"{', '.join(adapters)} are given"
+        raise InputError(message("look at an export", given, "give one --adapter, or --base-only"))
+    return next(iter(adapters.values()), None)
 
 
 def _evidence(document: Mapping[str, object]) -> list[str]:

@@ -1,11 +1,12 @@
 """Why a graph for the NPU answers otherwise than the model: every stage compared, on everyday texts.
 
-torch, the float graph, its quantised form on the CPU, and the same on the emulated HTP. Makes no bundle, and knows
-nothing of those on the disk.
+torch, the float graph, its quantised form on the CPU, and the same on the emulated HTP; and a folder with which a real
+phone is compared. Makes no bundle, and knows nothing of those on the disk.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,12 +20,13 @@ from edge_sdss.bundles import peft
 from edge_sdss.bundles.recipes import Recipe
 from edge_sdss.bundling.agreement import texts
 from edge_sdss.errors import ConfigError, message
-from edge_sdss.exporting import explain, fast_config, htp, qdq, static_decoder
+from edge_sdss.exporting import explain, fast_config, htp, phone, qdq, static_decoder
 from edge_sdss.exporting.blocks import Floats
 from edge_sdss.exporting.explain.placement import Placement, placement
 from edge_sdss.exporting.explain.stages import Feeds as StageFeeds
 from edge_sdss.exporting.explain.stages import on_cpu
 from edge_sdss.exporting.fast_weights import Weights
+from edge_sdss.exporting.parity import Ids
 from edge_sdss.exporting.static_decoder import Shape
 from edge_sdss.exporting.static_feeds import Feeds
 from edge_sdss.lm import loading
@@ -57,6 +59,21 @@ class Explained:
     notes: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Built:
+    """A prefill graph in its stages; `last` is what goes to the NPU."""
+
+    spec: Spec
+    shape: Shape
+    texts: _Texts
+    float_graph: Path
+    quantised: Path | None
+
+    @property
+    def last(self) -> Path:
+        return self.quantised or self.float_graph
+
+
 def explain_export(
     settings: config.Model, recipe: Recipe, *, adapter: Path | None = None, progress: Progress = no_progress
 ) -> Explained:
@@ -65,6 +82,47 @@ def explain_export(
     Raises ConfigError for a recipe that has no static graph on the HTP, BackendUnavailable where onnxruntime-qnn or
     torch is not installed, and what exporting raises.
     """
+    with _built(settings, recipe, adapter, progress) as built:
+        stages = [_of_torch(built), explain.of_model("ONNX float32", built.float_graph)]
+        if built.quantised is not None:
+            stages.append(explain.of_model("QDQ on the CPU", built.quantised))
+        how: Any = {"arithmetic": "float16", "at_once": AT_ONCE, "emulated": True}
+        stages.append(explain.of_model("emulated HTP", built.last, open=_opener(recipe), **how))
+        done = iter(range(1_000_000))
+        found = explain.explain(
+            stages, explain.Topology.of(built.float_graph), list(built.texts.compared()),
+            adapters=tuple(built.texts.lora), tick=lambda text: progress(f"comparing {text}", next(done), 0),
+        )  # fmt: skip
+        placed = placement(built.last, htp.PROVIDER, _opener(recipe, fallback=True))
+    which = f"the adapter {adapter.name}" if adapter else "a drawn adapter, so that the LoRA path is looked at too"
+    shape = built.shape
+    note = (
+        f"Prefill graph of {built.spec.layers} layers, {shape.tokens} tokens behind {shape.past} slots, with {which}."
+    )
+    return Explained(found, placed, (note,))
+
+
+def phone_folder(
+    settings: config.Model, recipe: Recipe, out: Path, *, adapter: Path | None = None, progress: Progress = no_progress
+) -> Path:
+    """Writes what a real Snapdragon needs to run the recipe's prefill graph and to say whether it is right.
+
+    Raises as `explain_export`, and what `exporting.phone.write` raises.
+    """
+    with _built(settings, recipe, adapter, progress) as built:
+        feeds = list(built.texts.compared())
+        progress("compiling for the phone", 0, 1)
+        right = explain.of_model("ONNX float32", built.float_graph)
+        names = explain.Topology.of(built.float_graph).outputs
+        expected = [right.run(feed, names) for feed in feeds]
+        made = phone.write(out, built.last, feeds, expected, options=recipe.providers[0].options)
+        progress("compiling for the phone", 1, 1)
+    return made
+
+
+@contextlib.contextmanager
+def _built(settings: config.Model, recipe: Recipe, adapter: Path | None, progress: Progress) -> Iterator[_Built]:
+    """The graphs, in a folder that is gone afterwards."""
     if not recipe.shapes.static or recipe.providers[0].name != "qnn":
         do = "choose qnn-htp, or a recipe of your own with shapes.static and the provider qnn"
         raise ConfigError(message(f"explain an export for {recipe.name}", "it is not for an NPU with fixed shapes", do))
@@ -75,29 +133,11 @@ def explain_export(
     rank = recipe.shapes.rank.max if recipe.shapes.rank else 0
     shape = Shape(recipe.shapes.sequence.max, recipe.shapes.past.max, rank)
     model, tokenizer = loading.load(folder, torch.float32)
-    feeds = _Texts(
-        spec, weights, shape, _lora(spec, adapter, rank), model.eval(), _ids(Chat(tokenizer, [tokenizer.eos_token_id]))
-    )
+    ids = [one for one in texts(Chat(tokenizer, [tokenizer.eos_token_id])) if len(one) > 1]
+    feeds = _Texts(spec, weights, shape, _lora(spec, adapter, rank), model.eval(), ids)
     with tempfile.TemporaryDirectory(prefix="edge_sdss-explain-") as aside:
-        file, quantised = _graphs(spec, weights, shape, recipe, feeds, Path(aside), progress)
-        stages = [_of_torch(spec, model, feeds.lora), explain.of_model("ONNX float32", file)]
-        if quantised is not None:
-            stages.append(explain.of_model("QDQ on the CPU", quantised))
-        last = quantised or file
-        stages.append(
-            explain.of_model(
-                "emulated HTP", last, open=_opener(recipe), arithmetic="float16", at_once=AT_ONCE, emulated=True
-            )
-        )
-        done = iter(range(1_000_000))
-        found = explain.explain(
-            stages, explain.Topology.of(file), list(feeds.compared()), adapters=tuple(feeds.lora),
-            tick=lambda text: progress(f"comparing {text}", next(done), 0),
-        )  # fmt: skip
-        placed = placement(last, htp.PROVIDER, _opener(recipe, fallback=True))
-    which = f"the adapter {adapter.name}" if adapter else "a drawn adapter, so that the LoRA path is looked at too"
-    note = f"Prefill graph of {spec.layers} layers, {shape.tokens} tokens behind {shape.past} slots, with {which}."
-    return Explained(found, placed, (note,))
+        float_graph, quantised = _graphs(spec, weights, shape, recipe, feeds, Path(aside), progress)
+        yield _Built(spec, shape, feeds, float_graph, quantised)
 
 
 def _opener(recipe: Recipe, *, fallback: bool = False) -> Callable[..., Any]:
@@ -114,7 +154,7 @@ class _Texts:
     """Feeds of everyday texts: the first tokens of each, and the next ones behind a cache, which torch filled."""
 
     def __init__(
-        self, spec: Spec, weights: Weights, shape: Shape, lora: dict[str, Floats], model: Any, ids: Sequence[Floats]
+        self, spec: Spec, weights: Weights, shape: Shape, lora: dict[str, Floats], model: Any, ids: Sequence[Ids]
     ) -> None:
         self.spec, self.shape, self.lora, self.model, self.ids = spec, shape, lora, model, ids
         self.feeds = Feeds(spec, weights["model.embed_tokens.weight"])
@@ -167,8 +207,9 @@ def _graphs(
     return aside / "float.onnx", aside / "qdq.onnx"
 
 
-def _of_torch(spec: Spec, model: Any, lora: Mapping[str, Floats]) -> explain.Stage:
+def _of_torch(built: _Built) -> explain.Stage:
     """transformers, by token ids and its own cache: it shares nothing with the graph but weights and the adapter."""
+    spec, model, lora = built.spec, built.texts.model, built.texts.lora
     points = {
         f"layers.{layer}.{tensor}": f"model.layers.{layer}{'.' if module else ''}{module}"
         for layer in range(spec.layers)
@@ -233,7 +274,3 @@ def _lora(spec: Spec, adapter: Path | None, rank: int) -> dict[str, Floats]:
             arrays = {site.lora_a: known[site.module].a, site.lora_b: known[site.module].b}
         found |= static_decoder.padded(site, arrays, rank)
     return found
-
-
-def _ids(chat: Chat) -> list[Any]:
-    return [ids for ids in texts(chat) if len(ids) > 1]
