@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -50,6 +50,9 @@ def export(
             "--allow-fallback", metavar="OP", help="With --explain: a node, or kind of node, may leave the NPU."
         ),
     ] = None,
+    graph: Annotated[
+        Literal["prefill", "decode"], typer.Option("--graph", help="Which one --explain and --phone are about.")
+    ] = "prefill",
     phone: Annotated[
         Path | None, typer.Option("--phone", metavar="DIR", help="No bundle: a folder to check a real phone with.")
     ] = None,
@@ -75,10 +78,10 @@ def export(
     recipe = recipes.load(target)
     given = {} if base_only else _given(adapter) or _of_home(options.home(home), settings)
     if explain:
-        cli_explain.run(settings, recipe, given, out, overwrite, allow_fallback or (), json_)
+        cli_explain.run(settings, recipe, graph, given, out, overwrite, allow_fallback or (), json_)
         return
     if phone is not None:
-        cli_explain.phone(settings, recipe, given, phone, json_)
+        cli_explain.phone(settings, recipe, graph, given, phone, json_)
         return
     with console.progress() as progress:
         manifest = bundling.bundle(

@@ -15,11 +15,13 @@ from edge_sdss.errors import InputError, message
 if TYPE_CHECKING:
     from edge_sdss import config
     from edge_sdss.bundles.recipes import Recipe
+    from edge_sdss.bundling.explaining import Which
 
 
 def run(
     settings: config.Config,
     recipe: Recipe,
+    graph: Which,
     adapters: Mapping[str, Path],
     out: Path,
     overwrite: bool,
@@ -39,10 +41,10 @@ def run(
     if not overwrite and (there := next((file for file in written.values() if file.exists()), None)):
         raise InputError(message(f"write {there}", "it is there already", "choose another --out or pass --overwrite"))
     with console.progress() as progress:
-        explained = explain_export(settings.model, recipe, adapter=adapter, progress=progress)
+        explained = explain_export(settings.model, recipe, graph=graph, adapter=adapter, progress=progress)
     found, placed = explained.found, explained.placed
     document = {"recipe": recipe.name, "notes": list(explained.notes), **report.document(found, placed)}
-    title = f"{settings.model.name} for {recipe.name}"
+    title = f"{settings.model.name} for {recipe.name}, {graph}"
     files.replace(written["md"], report.markdown(title, found, placed, explained.notes))
     files.replace(written["json"], json.dumps(document, indent=1, allow_nan=False) + "\n")
     if as_json:
@@ -57,12 +59,14 @@ def run(
         raise typer.Exit(1)
 
 
-def phone(settings: config.Config, recipe: Recipe, adapters: Mapping[str, Path], out: Path, as_json: bool) -> None:
+def phone(
+    settings: config.Config, recipe: Recipe, graph: Which, adapters: Mapping[str, Path], out: Path, as_json: bool
+) -> None:
     """Writes the folder for a phone, and says what to do with it."""
     from edge_sdss.bundling.explaining import phone_folder
 
     with console.progress() as progress:
-        made = phone_folder(settings.model, recipe, out, adapter=_one(adapters), progress=progress)
+        made = phone_folder(settings.model, recipe, out, graph=graph, adapter=_one(adapters), progress=progress)
     told = json.loads((made / "cases.json").read_text(encoding="utf-8"))
     errors = [{name: file["emulated"] for name, file in case["outputs"].items()} for case in told["cases"]]
     console.emit({"phone": str(made), "binary": told["binary"], "emulated_errors": errors}, as_json)

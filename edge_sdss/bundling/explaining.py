@@ -11,7 +11,7 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -35,6 +35,8 @@ from edge_sdss.types import Progress, no_progress
 
 if TYPE_CHECKING:
     from edge_sdss.exporting.fast_config import Spec
+
+Which = Literal["prefill", "decode"]
 
 AT_ONCE = 96
 """Tensors that are looked at in one run on the HTP: each is an output, and an output can change what is fused."""
@@ -61,7 +63,7 @@ class Explained:
 
 @dataclasses.dataclass(frozen=True)
 class _Built:
-    """A prefill graph in its stages; `last` is what goes to the NPU."""
+    """A graph in its stages; `last` is what goes to the NPU."""
 
     spec: Spec
     shape: Shape
@@ -75,14 +77,19 @@ class _Built:
 
 
 def explain_export(
-    settings: config.Model, recipe: Recipe, *, adapter: Path | None = None, progress: Progress = no_progress
+    settings: config.Model,
+    recipe: Recipe,
+    *,
+    graph: Which = "prefill",
+    adapter: Path | None = None,
+    progress: Progress = no_progress,
 ) -> Explained:
-    """Builds the recipe's prefill graph and compares its stages, with an adapter: the PEFT folder, or a drawn one.
+    """Builds one of the recipe's graphs and compares its stages, with an adapter: the PEFT folder, or a drawn one.
 
     Raises ConfigError for a recipe that has no static graph on the HTP, BackendUnavailable where onnxruntime-qnn or
     torch is not installed, and what exporting raises.
     """
-    with _built(settings, recipe, adapter, progress) as built:
+    with _built(settings, recipe, graph, adapter, progress) as built:
         stages = [_of_torch(built), explain.of_model("ONNX float32", built.float_graph)]
         if built.quantised is not None:
             stages.append(explain.of_model("QDQ on the CPU", built.quantised))
@@ -96,20 +103,24 @@ def explain_export(
         placed = placement(built.last, htp.PROVIDER, _opener(recipe, fallback=True))
     which = f"the adapter {adapter.name}" if adapter else "a drawn adapter, so that the LoRA path is looked at too"
     shape = built.shape
-    note = (
-        f"Prefill graph of {built.spec.layers} layers, {shape.tokens} tokens behind {shape.past} slots, with {which}."
-    )
+    note = f"The {graph} graph of {built.spec.layers} layers, {shape.tokens} tokens behind {shape.past} slots, with {which}."
     return Explained(found, placed, (note,))
 
 
 def phone_folder(
-    settings: config.Model, recipe: Recipe, out: Path, *, adapter: Path | None = None, progress: Progress = no_progress
+    settings: config.Model,
+    recipe: Recipe,
+    out: Path,
+    *,
+    graph: Which = "prefill",
+    adapter: Path | None = None,
+    progress: Progress = no_progress,
 ) -> Path:
-    """Writes what a real Snapdragon needs to run the recipe's prefill graph and to say whether it is right.
+    """Writes what a real Snapdragon needs to run one of the recipe's graphs and to say whether it is right.
 
     Raises as `explain_export`, and what `exporting.phone.write` raises.
     """
-    with _built(settings, recipe, adapter, progress) as built:
+    with _built(settings, recipe, graph, adapter, progress) as built:
         feeds = list(built.texts.compared())
         progress("compiling for the phone", 0, 1)
         right = explain.of_model("ONNX float32", built.float_graph)
@@ -121,7 +132,9 @@ def phone_folder(
 
 
 @contextlib.contextmanager
-def _built(settings: config.Model, recipe: Recipe, adapter: Path | None, progress: Progress) -> Iterator[_Built]:
+def _built(
+    settings: config.Model, recipe: Recipe, graph: Which, adapter: Path | None, progress: Progress
+) -> Iterator[_Built]:
     """The graphs, in a folder that is gone afterwards."""
     if not recipe.shapes.static or recipe.providers[0].name != "qnn":
         do = "choose qnn-htp, or a recipe of your own with shapes.static and the provider qnn"
@@ -131,7 +144,8 @@ def _built(settings: config.Model, recipe: Recipe, adapter: Path | None, progres
     folder = loading.find(settings.name, progress)
     spec, weights = fast_config.read(folder), Weights(folder)
     rank = recipe.shapes.rank.max if recipe.shapes.rank else 0
-    shape = Shape(recipe.shapes.sequence.max, recipe.shapes.past.max, rank)
+    tokens, past = recipe.shapes.sequence.max, recipe.shapes.past.max
+    shape = Shape(tokens, past, rank) if graph == "prefill" else Shape(1, past + tokens - 1, rank)
     model, tokenizer = loading.load(folder, torch.float32)
     ids = [one for one in texts(Chat(tokenizer, [tokenizer.eos_token_id])) if len(one) > 1]
     feeds = _Texts(spec, weights, shape, _lora(spec, adapter, rank), model.eval(), ids)
@@ -164,7 +178,7 @@ class _Texts:
         tokens = self.shape.tokens
         ids = np.concatenate(self.ids)
         yield self._feed(ids[:0], ids[:tokens])
-        before = min(self.shape.past, tokens + 1)  # no multiple of anything, so that a shifted slot is seen
+        before = min(self.shape.past, max(tokens, 8) + 1)  # no multiple of anything, so that a shifted slot is seen
         if before and len(ids) >= before + tokens:
             yield self._feed(ids[:before], ids[before : before + tokens])
 
