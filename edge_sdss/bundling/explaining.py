@@ -103,7 +103,8 @@ def explain_export(
         placed = placement(built.last, htp.PROVIDER, _opener(recipe, fallback=True))
     which = f"the adapter {adapter.name}" if adapter else "a drawn adapter, so that the LoRA path is looked at too"
     shape = built.shape
-    note = f"The {graph} graph of {built.spec.layers} layers, {shape.tokens} tokens behind {shape.past} slots, with {which}."
+    size = f"{built.spec.layers} layers, {shape.tokens} tokens behind {shape.past} slots"
+    note = f"The {graph} graph of {size}, with {which}."
     return Explained(found, placed, (note,))
 
 
