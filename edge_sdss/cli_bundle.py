@@ -11,6 +11,7 @@ import typer
 from edge_sdss import cli_explain, config, console, options
 from edge_sdss.errors import EdgeSdssError, InputError, message
 from edge_sdss.options import Home, Json, Model, Set, Settings
+from edge_sdss.types import Example, Turn
 
 if TYPE_CHECKING:
     from edge_sdss.bundles import Check, Manifest
@@ -94,6 +95,7 @@ def export(
             trust=trust,
             beyond_limits=beyond_limits,
             board=boards.load(board) if board else None,
+            kept=_kept(options.home(home), settings) if recipe.route == "static" else (),
             progress=progress,
         )
     sizes = {one.path: one.size_bytes for one in manifest.entries}
@@ -231,6 +233,15 @@ def _of_home(home: Path, settings: config.Config) -> dict[str, Path]:
     with options.session(home, settings) as session:
         active = session.active_adapter
     return {} if active is None else {active.name: active}
+
+
+def _kept(home: Path, settings: config.Config) -> list[Example]:
+    """The dialogues in the home's buffer, with the answers that the user wanted; none where there is no home yet."""
+    if not (home / "edge_sdss.db").is_file():
+        return []
+    with options.session(home, settings) as session:
+        kept = [one.dialogue for one in session.store.exemplars().values()]
+    return [Example((*d.context, Turn("user", d.prompt)), d.preferred or d.response) for d in kept if d.response]
 
 
 def _probe(shelf: Shelf, adapter: Path, settings: config.Config, progress: Any) -> None:

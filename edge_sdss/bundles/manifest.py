@@ -19,7 +19,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 
 Precision = Literal["float32", "float16", "int8", "int4"]
-KvCache = Literal["growing", "shared"]
+KvCache = Literal["growing", "shared", "static"]
 
 
 class _Record(BaseModel):
@@ -51,6 +51,24 @@ class Site(_Record):
     start: int = 0
 
 
+class Static(_Record):
+    """Graphs of fixed shapes, by files of the bundle: `prefill` and `decode`, in parts that run one after another.
+
+    `tokens` are prefilled at once, `past` are the slots of the KV cache before them, in decoding there are
+    `past` + `tokens` − 1; `rank` is that of the LoRA inputs. `embedding` is an .npy [vocabulary, width]. `prefix`: .npz
+    files by adapter, "" is the base: `ids`, with which every prompt begins, their `logits`, and their keys and values
+    by the inputs' names; empty where none is needed.
+    """
+
+    prefill: tuple[str, ...]
+    decode: tuple[str, ...]
+    tokens: int
+    past: int
+    rank: int
+    embedding: str
+    prefix: dict[str, str] = {}
+
+
 class Graph(_Record):
     """What a runtime must know to call the graph.
 
@@ -60,12 +78,14 @@ class Graph(_Record):
     .value; hidden_states [batch, n, width] float32, after the final norm, if `hidden_states`.
     kv_cache "growing": present is past with the new tokens behind it. "shared": past and present are one buffer
     [batch, kv_heads, capacity, head_dim], bound as both; how much of it is filled, the mask's length says.
+    "static": there are the graphs of `static` instead, as `exporting.static_decoder.build` describes them.
     """
 
     file: str = "model.onnx"
     precision: Precision
     block_size: int | None = Field(None, description="weights that share a scale, for int4 and int8")
     kv_cache: KvCache
+    static: Static | None = Field(None, description="the graphs, where kv_cache is static; `file` is one of them")
     kv_dtype: Literal["float32", "float16"] = "float32"
     lora_dtype: Literal["float32", "float16"] = "float32"
     position_ids: bool = True

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from edge_sdss.bundles.manifest import KvCache, Precision
 from edge_sdss.files import read_named
 
-Route = Literal["fast", "portable", "merged"]
+Route = Literal["fast", "portable", "merged", "static"]
 Provider = Literal["cpu", "cuda", "tensorrt", "coreml", "qnn"]
 Status = Literal["run here on x86", "not yet run on a device"]
 
@@ -88,6 +88,8 @@ class Recipe(_Record):
     route: Route
     precision: Precision
     block_size: int | None = Field(None, gt=0, description="weights that share a scale")
+    head_precision: Literal["float16", "int8"] | None = Field(None, description="as `precision` where absent")
+    part_bytes: int | None = Field(None, gt=0, description="of one static graph's weights: beyond, it is split")
     kv_cache: KvCache
     kv_dtype: Literal["float32", "float16"] = "float32"
     lora_dtype: Literal["float32", "float16"] = "float32"
@@ -101,10 +103,11 @@ class Recipe(_Record):
 
     @model_validator(mode="after")
     def _agrees(self) -> Recipe:
-        blocks = self.precision in ("int4", "int8")
+        blocks = self.precision in ("int4", "int8") and self.route != "static"
         if blocks != (self.block_size is not None):
             raise ValueError(f"{self.precision} {'needs a' if blocks else 'has no'} block_size")
-        if (self.route == "fast") != (self.kv_cache == "shared"):
+        cache = {"fast": "shared", "static": "static"}.get(self.route, "growing")
+        if self.kv_cache != cache or (self.route == "static") != self.shapes.static:
             raise ValueError(f"the route {self.route} makes no graph with a {self.kv_cache} KV cache")
         if self.route == "fast" and self.kv_dtype != self.lora_dtype:
             raise ValueError("the fast graph has one float type for its KV cache and its adapters")
@@ -115,6 +118,8 @@ class Recipe(_Record):
             raise ValueError("a provider is named twice")
         if self.shapes.static and self.shapes.past.opt != self.shapes.past.max:
             raise ValueError("with static shapes, past.opt is past.max")
+        if self.head_precision is not None and self.route != "static":
+            raise ValueError("head_precision is for the route static")
         return self
 
 

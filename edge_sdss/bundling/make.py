@@ -6,24 +6,24 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_sdss import __version__, bundles, config, default_model
-from edge_sdss.bundles import MANIFEST, AdapterEntry, Check, Graph, Manifest, adapters, probe
+from edge_sdss.bundles import MANIFEST, AdapterEntry, Check, Graph, Manifest, adapters, checks, probe
 from edge_sdss.bundles.manifest import TOKENIZER
 from edge_sdss.bundles.recipes import Recipe
-from edge_sdss.bundling import probing
+from edge_sdss.bundling import probing, static
 from edge_sdss.bundling.agreement import Stages, of_engine, texts
 from edge_sdss.errors import BackendUnavailable, ExportError, InputError, message
-from edge_sdss.exporting import fast, genai_config, onnx, parity, portable, scoring, tensorrt
+from edge_sdss.exporting import fast, genai_config, htp, onnx, parity, portable, scoring, tensorrt
 from edge_sdss.exporting.fast_decoder import Options
 from edge_sdss.lm import loading
 from edge_sdss.lm.chat import Chat
-from edge_sdss.types import Progress, no_progress
+from edge_sdss.types import Example, Progress, no_progress
 
 if TYPE_CHECKING:
     from edge_sdss.boards import Board
@@ -47,6 +47,7 @@ def bundle(
     trust: bool = False,
     beyond_limits: bool = False,
     board: Board | None = None,
+    kept: Sequence[Example] = (),
     progress: Progress = no_progress,
 ) -> Manifest:
     """Exports the model of the settings by a recipe into the folder `out` and returns the bundle's manifest.
@@ -56,8 +57,8 @@ def bundle(
     the weights. Parity is taken at each stage: torch, float32 graph, graph, engine; what could not be compared is in
     the manifest's notes. A PEFT folder without a probe gets one. `trust` takes adapters that do not say of which base
     they are, and `beyond_limits` notes where the recipe's own limits are not kept; `board` is asked whether it can
-    build a TensorRT engine. `out` is there once all of it is done; something is there only with `overwrite`, and if
-    it is a bundle.
+    build a TensorRT engine; `kept` dialogues calibrate what is quantised by ranges. `out` is there once all of it is
+    done; something is there only with `overwrite`, and if it is a bundle.
 
     Raises BackendUnavailable for a library that lacks; ExportError and ParityError for what cannot be exported or
     does not answer as it should; InputError for a model, an adapter or an `out` that cannot be used.
@@ -67,7 +68,7 @@ def bundle(
     check_installed(recipe)
     folder = loading.find(settings.name, progress)
     with _staged(out, overwrite) as staged:
-        job = _Job(folder, recipe, staged, merge, given, trust, beyond_limits, progress)
+        job = _Job(folder, recipe, staged, merge, given, trust, beyond_limits, kept, progress)
         manifest = job.run(_name(settings), active or (next(iter(given)) if len(given) == 1 else None))
         if recipe.providers[0].name == "tensorrt":
             eoe: scoring.Variant = "token" if config.Selection().eoe == "token" else "centered"
@@ -83,7 +84,9 @@ def check_installed(recipe: Recipe) -> None:
         if importlib.util.find_spec(name) is None:
             do = "run `pip install 'edge_sdss[export]'`"
             raise BackendUnavailable(message(f"export for {recipe.name}", f"{name} is not installed", do))
-    if recipe.route != "fast":
+    if recipe.route == "static":
+        htp.check_installed()
+    elif recipe.route != "fast":
         onnx.check_installed()
 
 
@@ -98,6 +101,7 @@ class _Job:
     adapters: Mapping[str, Path]
     trust: bool
     beyond_limits: bool
+    kept: Sequence[Example]
     progress: Progress
 
     def run(self, base: str, active: str | None) -> Manifest:
@@ -109,7 +113,7 @@ class _Job:
         self.stages = Stages(texts(chat), self.progress)
         merged = next(iter(self.adapters.values())) if self.merge else None
         self.stages.torch(self.folder, {} if self.merge else self.adapters, fingerprint, merged)
-        graph = self._graph(merged)
+        graph = self._static(chat) if self.recipe.route == "static" else self._graph(merged)
         _note_departures(self.recipe, graph, self.stages.notes)
         manifest = Manifest(
             base=base,
@@ -126,11 +130,11 @@ class _Job:
         made = () if self.merge else tuple(self._adapter(name, manifest) for name in self.adapters)
         manifest = manifest.model_copy(update={"adapters": made, "active": None if self.merge else active})
         bundles.write(self.staged, manifest)
-        checks = self._served()
+        served = self._emulated() if graph.static else self._served()
         size = sum(one.size_bytes for one in manifest.files)
         self.stages.judge(self.recipe, size if base == default_model.NAME else None, self.beyond_limits)
         notes = tuple(self.stages.notes)
-        manifest = manifest.model_copy(update={"checks": (*self.stages.checks, *checks), "notes": notes})
+        manifest = manifest.model_copy(update={"checks": (*self.stages.checks, *served), "notes": notes})
         bundles.write(self.staged, manifest)
         return manifest
 
@@ -208,6 +212,27 @@ class _Job:
         del engine
         return probing.served(self.staged, progress=self.progress)
 
+    def _static(self, chat: Chat) -> Graph:
+        """Writes graphs of fixed shapes, of which the float32 ones were compared with torch."""
+        self.maker = static.Maker(self.folder, self.staged, self.recipe, self.progress)
+        self.stages.compare(_FLOAT, "torch", self.maker.float_model().logits, parity.LIMITS["float32"])
+        return self.maker.write(static.calibration(chat, self.kept), self.adapters)
+
+    def _emulated(self) -> tuple[Check, ...]:
+        """What the compiled graphs compute in the emulation of the device, and each adapter's effect there."""
+        manifest = bundles.load(self.staged)
+        options = dict(self.recipe.providers[0].options)
+        first = self.maker.first() if manifest.graph.static and manifest.graph.static.prefix else None
+        opened = static.StaticBundle(self.staged, manifest, lambda file: htp.session(file, options), first)
+        limits = parity.LIMITS[manifest.graph.precision]
+        stage = f"{manifest.graph.precision} graph on {static.EMULATED}"
+        self.stages.compare(stage, "torch", lambda ids: opened.logits(ids.tolist(), None), limits)
+        self.stages.notes.append(f"checked on {static.EMULATED}, no device has run it")
+        names = {name for site in manifest.graph.sites for name in (site.lora_a, site.lora_b)}
+        found = checks.activation(self.staged, opened.logits, inputs=names)
+        self.maker.clean()
+        return found
+
     def _settings(self) -> dict[str, Any]:
         first = self.recipe.providers[0]
         found: dict[str, Any] = {"route": self.recipe.route, "provider": first.name, "provider_options": first.options}
@@ -263,7 +288,7 @@ def _put_back(old: Path, out: Path) -> None:
 
 def _files(folder: Path) -> list[str]:
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(path.as_posix() for path in paths if not path.name.startswith("."))
+    return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
 
 
 def _copy_tokenizer(source: Path, out: Path) -> None:
@@ -290,7 +315,7 @@ def _note_departures(recipe: Recipe, graph: Graph, notes: list[str]) -> None:
         wanted, found = getattr(recipe, key), getattr(graph, key)
         if wanted != found and (graph.sites or key == "kv_dtype"):
             notes.append(f"the recipe asks for {key} {wanted}, the graph has {found}")
-    if recipe.shapes.static:
+    if recipe.shapes.static and graph.static is None:
         notes.append("the recipe asks for static shapes, which are not written yet: this graph's are free")
 
 

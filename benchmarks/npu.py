@@ -1,0 +1,342 @@
+"""Does a decoder give the right tokens on Snapdragon's NPU? Measured in emulation, every node on the HTP.
+
+    python benchmarks/npu.py --data DIR --work DIR
+
+Compares graphs of fixed shapes on the emulated HTP with the same graphs in float32 on the CPU: prefill over real
+dialogue that calibration has not seen, greedy decoding, adapters as inputs, context binaries. Each part's figures lie
+in the work folder and are not measured again; `--store` appends all of them to the results. Nothing here is a device's
+figure, and times of an emulation are none of anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import results
+
+from edge_sdss import default_model, readers
+from edge_sdss.exporting import htp, npu, static_ways
+from edge_sdss.exporting.qdq import Scheme
+from edge_sdss.exporting.static_decoder import Shape, sites
+from edge_sdss.exporting.static_ways import Graphs, Prefix, StaticModel
+from edge_sdss.files import replace
+from edge_sdss.types import Turn, no_progress
+
+BENCH = "npu"
+SETS = (
+    "memorybank/memory_bank_en.json", "empathetic_dialogues/ed_test_pairs.jsonl", "chatdoctor/chatdoctor5k.json",
+    "dolly/dolly_3k.json",
+)  # fmt: skip
+RANK = 8
+PREFILL, DECODE = Shape(64, 64, RANK), Shape(1, 95, RANK)
+LENGTH, NEW = 128, 32
+CALIBRATION, UNSEEN = 32, 400
+"""Dialogues of each set for calibration, from its beginning, and from which one on others are measured on."""
+
+SETUPS: dict[str, Scheme | None] = {
+    "fp16": None,
+    "A16W8": Scheme(bits=8, head_bits=8),
+    "A16W8, float head": Scheme(bits=8, head_bits=None),
+    "A16W4, head of 8 bits": Scheme(bits=4, head_bits=8),
+}
+Rows = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where parts lie, how many texts and prompts are measured, and the model."""
+
+    folder: Path
+    data: Path
+    texts: int
+    prompts: int
+    model: Path
+
+    def part(self, name: str, make: Callable[[], Any]) -> Any:
+        """Returns what a part found, from its file where it was measured before."""
+        file = self.folder / f"{name}.json"
+        if not file.is_file():
+            replace(file, json.dumps(make(), indent=1) + "\n")
+            print(f"{name}: {file.read_text()[:400]}", flush=True)
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def dialogues(self, first: int, count: int, least: int, most: int, *, answered: bool) -> list[Ids]:
+        """The first `count` of each set from number `first` on that have from `least` to `most` tokens, cut there."""
+        from edge_sdss.lm.chat import Chat
+        from edge_sdss.runtime.chat import Tokenizer
+        from edge_sdss.types import Example
+
+        chat, found = Chat(Tokenizer(self.model), [2]), []
+        for name in SETS:
+            own: list[Ids] = []
+            for number, one in enumerate(readers.read(self.data / name)):
+                if number < first or not one.response or len(own) == count:
+                    continue
+                turns = (Turn("user", one.prompt),)
+                if answered:
+                    ids = list(chat.encode(Example(turns, one.preferred or one.response), 10 * LENGTH).ids)[:most]
+                else:
+                    ids = list(chat.prompt_ids(turns, 10 * LENGTH))
+                if least <= len(ids) <= most:
+                    own.append(np.array(ids, np.int64))
+            found += own
+        return found
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--work", type=Path, required=True, help="folder for parts; give it again to go on")
+    parser.add_argument("--setups", default="fp16;A16W8", help=f"some of {'; '.join(SETUPS)}")
+    parser.add_argument("--only", default="prefill,adapters,context,greedy", help="which parts")
+    parser.add_argument("--texts", type=int, default=10, help="of 128 tokens")
+    parser.add_argument("--prompts", type=int, default=10)
+    parser.add_argument("--on", choices=("htp", "cpu"), default="htp", help="cpu: to search, not stored")
+    parser.add_argument("--store", action="store_true", help="append what was measured to the results")
+    parser.add_argument("--context", nargs=2, metavar=("GRAPH", "OUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--reload", nargs=2, metavar=("CONTEXT", "FEED"), help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.context or asked.reload:
+        child(asked)
+        return
+    work = Work(asked.work, asked.data, asked.texts, asked.prompts, default_model.path(no_progress))
+    asked.work.mkdir(parents=True, exist_ok=True)
+    lines: list[Line] = []
+    for setup in asked.setups.split(";"):
+        for part in asked.only.split(","):
+            lines += PARTS[part](work, setup, asked.on)
+            gc.collect()
+    if asked.store and asked.on == "htp":
+        print(results.append(lines))
+
+
+def made(work: Work, setup: str, name: str, shape: Shape) -> Path:
+    """Returns the graph of a setup, and writes it where it is not there."""
+    scheme, out = SETUPS[setup], work.folder / setup.replace(", ", "-").replace(" ", "-")
+    if (out / f"{name}.onnx").is_file():
+        return out / f"{name}.onnx"
+    model = npu.Model(work.model, scheme)
+    if scheme is not None:
+        saved = work.folder / "statistics.npz"
+        if not saved.is_file():
+            texts = work.dialogues(0, CALIBRATION, 64, LENGTH, answered=True)
+            model.calibrate(texts, Shape(LENGTH, 0, RANK), work.folder, progress=progress)
+            stored = {f"gram {k}": v.astype(np.float32) for k, v in model.statistics.grams.items()}
+            np.savez(saved, **stored, **{f"largest {k}": np.array(v) for k, v in model.statistics.largest.items()})
+        with np.load(saved) as loaded:
+            for key in loaded.files:
+                kind, _, tensor = key.partition(" ")
+                getattr(model.statistics, f"{kind}s" if kind == "gram" else kind)[tensor] = loaded[key]
+        for both, own in (("prefill", PREFILL), ("decode", DECODE)):
+            model.write(out, both, own)
+    else:
+        model.write(out, name, shape)
+    return out / f"{name}.onnx"
+
+
+def progress(what: str, done: int, of: int) -> None:
+    """Prints now and then."""
+    if done % 16 == 0:
+        print(f"{what} {done} of {of}", flush=True)
+
+
+def static(work: Work, setup: str, on: str, names: Sequence[str]) -> StaticModel:
+    """The model of a setup; "float32" is the same graphs in float32 on the CPU."""
+    model, shapes = npu.Model(work.model), {"prefill": PREFILL, "decode": DECODE}
+    graphs = {}
+    for name in names:
+        file = made(work, "fp16" if setup == "float32" else setup, name, shapes[name])
+        graphs[name] = Graphs(shapes[name], (npu.on_cpu(file, 2) if on == "cpu" else htp.session(file),))
+    return StaticModel(model.feeds, graphs.get("prefill"), graphs.get("decode"))
+
+
+def begun(work: Work, setup: str, reference: StaticModel, ids: Any, adapter: Any = None) -> Prefix | None:
+    """The first token as float32 computes it, where the setup is quantised."""
+    if SETUPS[setup] is None:
+        return None
+    assert reference.prefill is not None
+    return static_ways.prefix(reference.prefill, reference.feeds, [int(ids[0])], adapter)
+
+
+def log_softmax(rows: Rows) -> npt.NDArray[np.float64]:
+    """Of logits [n, vocabulary]."""
+    shifted = rows.astype(np.float64) - rows.max(-1, keepdims=True)
+    found: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return found
+
+
+def compared(reference: Rows, rows: Rows, following: Any) -> dict[str, float]:
+    """Sums over positions: agreement of argmax, both NLL of what follows, KL, in nats."""
+    first, second = log_softmax(reference), log_softmax(rows)
+    at = np.arange(len(following)), following
+    return {
+        "n": len(rows), "same": int((reference.argmax(-1) == rows.argmax(-1)).sum()),
+        "kl": float((np.exp(first) * (first - second)).sum()),
+        "nll_reference": float(-first[at].sum()), "nll": float(-second[at].sum()),
+    }  # fmt: skip
+
+
+def prefill(work: Work, setup: str, on: str) -> Iterator[Line]:
+    """Agreement and NLL over texts, positions of the system prompt, which all texts share, not counted."""
+    texts = work.dialogues(UNSEEN, -(-work.texts // 4), LENGTH + 1, 10 * LENGTH, answered=True)[: work.texts]
+    shared = next(i for i in range(LENGTH) if len({text[i] for text in texts}) > 1)
+    reference = ours = None
+    found = []
+    for number, text in enumerate(texts):
+        file = work.folder / f"reference {number}.npy"
+
+        def measure(text: Any = text, file: Path = file) -> dict[str, float]:
+            nonlocal reference, ours
+            reference = reference or static(work, "float32", "cpu", ["prefill"])
+            ours = ours or static(work, setup, on, ["prefill"])
+            if not file.is_file():
+                np.save(file, reference.logits(text[:LENGTH]))
+            start = begun(work, setup, reference, text)
+            rows = ours.logits(text[:LENGTH], prefix=start)
+            return compared(np.load(file)[shared:], rows[shared:], text[shared + 1 : LENGTH + 1])
+
+        found.append(work.part(f"{setup} {on} prefill {number}", measure))
+    total = {key: sum(one[key] for one in found) for key in found[0]}
+    rise = 100 * (total["nll"] / total["nll_reference"] - 1)
+    n = int(total["n"])
+    print(f"{setup} on {on}: {total['same'] / n:.4f} of {n}, NLL {rise:+.2f} %, KL {total['kl'] / n:.5f}", flush=True)
+    yield line(setup, "prefill: argmax agreement with float32", 100 * total["same"] / n, "%", n)
+    yield line(setup, "prefill: change of NLL", rise, "%", n)
+    yield line(setup, "prefill: mean KL from float32", total["kl"] / n, "nats/token", n)
+
+
+def greedy(work: Work, setup: str, on: str) -> Iterator[Line]:
+    """Greedy answers token by token against float32's, and each step's argmax along our own answer."""
+    prompts = work.dialogues(UNSEEN, -(-work.prompts // 4), 8, PREFILL.tokens, answered=False)[: work.prompts]
+    reference = ours = None
+    found = []
+    for number, prompt in enumerate(prompts):
+
+        def measure(prompt: Any = prompt) -> dict[str, Any]:
+            nonlocal reference, ours
+            reference = reference or static(work, "float32", "cpu", ["prefill", "decode"])
+            ours = ours or static(work, setup, on, ["prefill", "decode"])
+            start = begun(work, setup, reference, prompt)
+            theirs = reference.follow(prompt, NEW)
+            own = ours.follow(prompt, NEW, prefix=start)
+            along = reference.logits(np.array([*prompt, *own[:-1]]))[len(prompt) - 1 :].argmax(-1)
+            return {"theirs": theirs, "ours": own, "along": along.tolist()}
+
+        found.append(work.part(f"{setup} {on} greedy {number}", measure))
+    equal = sum(one["theirs"] == one["ours"] for one in found)
+    steps = [same for one in found for same in np.equal(one["along"], one["ours"])[1:]]
+    print(f"{setup} on {on}: greedy {equal} of {len(found)}, steps {np.mean(steps):.4f} of {len(steps)}", flush=True)
+    yield line(setup, f"greedy: answers of {NEW} tokens equal to float32's", equal, f"of {len(found)}", len(found))
+    yield line(setup, "decode: argmax agreement with float32", 100 * float(np.mean(steps)), "%", len(steps))
+
+
+def adapter(seed: int, rank: int, model: npu.Model) -> dict[str, Rows]:
+    """Random matrices whose effect on the logits is large."""
+    draws, found = np.random.default_rng(seed), {}
+    for site in sites(model.spec):
+        found[site.lora_a] = draws.normal(0, site.inputs**-0.5, (site.inputs, rank)).astype(np.float32)
+        found[site.lora_b] = draws.normal(0, 0.02, (rank, site.outputs)).astype(np.float32)
+    return found
+
+
+def adapters(work: Work, setup: str, on: str) -> Iterator[Line]:
+    """What two adapters change in the logits, in one session, against what they change in float32."""
+    text = work.dialogues(UNSEEN, 1, LENGTH + 1, 10 * LENGTH, answered=True)[0][: PREFILL.tokens]
+
+    def measure() -> dict[str, Any]:
+        reference, ours = static(work, "float32", "cpu", ["prefill"]), static(work, setup, on, ["prefill"])
+        model, rows = npu.Model(work.model), []
+        for given in (None, adapter(1, RANK, model), adapter(2, RANK // 2, model)):
+            start = begun(work, setup, reference, text, given)
+            both = reference.logits(text, given), ours.logits(text, given, start)
+            rows.append([one[1:].astype(np.float64) for one in both])
+        (base, own), first, second = rows
+        changes = [(their - base, our - own) for their, our in (first, second)]
+        norm = np.linalg.norm
+        apart = norm(changes[0][1] - changes[1][1]) / norm(changes[0][0] - changes[1][0])
+        return {
+            "errors": [float(norm(o - t) / norm(t)) for t, o in changes],
+            "effects": [float(norm(t) / norm(base)) for t, _ in changes],
+            "apart": float(apart),
+        }
+
+    found = work.part(f"{setup} {on} adapters", measure)
+    print(setup, on, "adapters", found, flush=True)
+    for rank, error, effect in zip((RANK, RANK // 2), found["errors"], found["effects"], strict=True):
+        settings = {"effect / logits": effect, "graph's rank": RANK}
+        yield line(setup, f"adapter of r = {rank}: error of its effect", 100 * error, "%", 1, **settings)
+
+
+def context(work: Work, setup: str, on: str) -> Iterator[Line]:
+    """A context binary: its bytes, the compiler's peak memory, and whether a fresh process computes the same bits."""
+    if on == "cpu":
+        return
+    file = made(work, setup, "prefill", PREFILL)
+    out = file.with_name("prefill_context.onnx")
+
+    def measure() -> dict[str, Any]:
+        for old in file.parent.glob("prefill_context*"):
+            old.unlink()
+        compiled = _child("--context", file, out)
+        again = _child("--reload", out, out.with_suffix(".npz"))
+        binaries = [one for one in file.parent.glob("prefill_context*") if one.suffix == ".bin"]
+        return {**compiled, **again, "bytes": sum(one.stat().st_size for one in binaries)}
+
+    found = work.part(f"{setup} context", measure)
+    print(setup, "context", found, flush=True)
+    yield line(setup, "context binary of prefill", found["bytes"] / 1e6, "MB", 1)
+    yield line(setup, "compiling: peak memory of the process", found["peak_bytes"] / 1e6, "MB", 1)
+    yield line(setup, "context reloaded in a fresh process: outputs equal bit by bit", found["equal"], "of 1", 1)
+
+
+def _child(option: str, *paths: Path) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--data", "-", "--work", "-", option, *map(str, paths)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def child(asked: argparse.Namespace) -> None:
+    """A process of its own: compiles and writes a context with a feed and its outputs, or runs one again."""
+    if asked.context:
+        file, out = map(Path, asked.context)
+        session = htp.session(file, context=out)
+        draws = np.random.default_rng(0)
+        feed = {v.name: draws.normal(0, 0.1, v.shape).astype(np.float32) for v in session.get_inputs()}
+        made = session.run(None, feed)
+        np.savez(out.with_suffix(".npz"), **feed, **{f"output {i}": array for i, array in enumerate(made)})
+        print(json.dumps({"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+        return
+    session = htp.session(Path(asked.reload[0]))
+    with np.load(asked.reload[1]) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    made = session.run(None, {name: array for name, array in arrays.items() if not name.startswith("output ")})
+    equal = all(np.array_equal(array, arrays[f"output {i}"]) for i, array in enumerate(made))
+    print(json.dumps({"equal": int(equal)}))
+
+
+def line(setup: str, metric: str, value: float, unit: str, n: int, **settings: Any) -> Line:
+    """A line of results; the device is the emulation of one."""
+    facts = {"model": default_model.NAME, "on": "emulated HTP, onnxruntime-qnn", **htp.OPTIONS, **settings}
+    whole = {"bench": BENCH, "case": setup, "metric": metric, "value": float(value), "unit": unit}
+    return {**whole, "n": n, "settings": facts, "emulated": True}
+
+
+PARTS = {"prefill": prefill, "greedy": greedy, "adapters": adapters, "context": context}
+
+if __name__ == "__main__":
+    main()

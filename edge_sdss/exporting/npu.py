@@ -1,0 +1,130 @@
+"""From a model's folder to prefill and decode graphs for an NPU: calibrated, quantised, split, written.
+
+Both graphs share the rounded weights. Knows no provider, no bundle and no tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_sdss.errors import BackendUnavailable, message
+from edge_sdss.exporting import fast_config, qdq, static_decoder
+from edge_sdss.exporting.fast_weights import Weights
+from edge_sdss.exporting.qdq import Scheme, Statistics
+from edge_sdss.exporting.rounding import Rounded
+from edge_sdss.exporting.static_decoder import Part, Shape
+from edge_sdss.exporting.static_feeds import Feeds
+from edge_sdss.exporting.static_ways import Graphs
+from edge_sdss.types import Progress, no_progress
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Ids = npt.NDArray[np.int64]
+Open = Callable[[Path], Any]
+
+LIMIT_BYTES = 1_500_000_000
+"""Of one part's weights. An HTP context has 32-bit addresses, of which the binary, its activations and the KV cache
+have to share less than 4 GB; measured is only that 270 MB fit."""
+
+
+@dataclass
+class Model:
+    """A model to be written, and what calibration found of it. `scheme` None: all in float, float16 on an HTP."""
+
+    folder: Path
+    scheme: Scheme | None = None
+    limit_bytes: int = LIMIT_BYTES
+    statistics: Statistics = field(default_factory=lambda: Statistics({}, {}))
+    codes: dict[str, Rounded] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.spec, self.weights = fast_config.read(self.folder), Weights(self.folder)
+        self.feeds = Feeds(self.spec, self.weights["model.embed_tokens.weight"])
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """How the graphs are split. Raises ExportError where a layer is too large."""
+        bits = 16 if self.scheme is None else max(self.scheme.bits, self.scheme.head_bits or 16)
+        return static_decoder.parts(self.spec, bits / 8, self.limit_bytes)
+
+    def write(self, out: Path, name: str, shape: Shape, *, quantised: bool = True) -> tuple[Path, ...]:
+        """Writes out/<name>.onnx with its weights beside it, or <name>.0.onnx and so on where it is split."""
+        written, parts = [], self.parts
+        for number, part in enumerate(parts):
+            made = static_decoder.build(self.spec, self.weights, shape, part)
+            if quantised and self.scheme is not None:
+                qdq.quantise(made, self.statistics, self.scheme, self.codes)
+            written.append(save(made, out, name if len(parts) == 1 else f"{name}.{number}"))
+        return tuple(written)
+
+    def calibrate(self, texts: Sequence[Ids], shape: Shape, work: Path, *, progress: Progress = no_progress) -> None:
+        """Runs the float graphs over `texts`, ids [n] each, in the base model, and keeps what was seen in `statistics`.
+
+        The first token of a text is left out: its activations are beyond all others', and it enters as a `Prefix`.
+        `shape` has the rank of the graphs to be quantised, as a tensor's name tells whether an adapter follows. `work`
+        gets the float graphs, which are gone afterwards. Raises BackendUnavailable without onnxruntime.
+        """
+        scheme, self.scheme = self.scheme, None
+        try:
+            graphs, wanted = self._exposed(work, shape)
+        finally:
+            self.scheme = scheme
+        for done, text in enumerate(texts):
+            progress("calibrating", done, len(texts))
+            for values, real in _steps(graphs, self.feeds, text):
+                for tensor, gram in wanted.items():
+                    self.statistics.add(tensor, values[tensor][..., real, :], gram=gram)
+        progress("calibrating", len(texts), len(texts))
+        for file in work.glob("calibrating*"):
+            file.unlink()
+
+    def _exposed(self, work: Path, shape: Shape) -> tuple[Graphs, dict[str, bool]]:
+        """Float graphs that also give what calibration looks at."""
+        sessions = []
+        wanted: dict[str, bool] = {}
+        for number, part in enumerate(self.parts):
+            made = static_decoder.build(self.spec, self.weights, shape, part)
+            own = qdq.wanted(made)
+            qdq.expose(made, own)
+            wanted |= own
+            sessions.append(on_cpu(save(made, work, f"calibrating.{number}")))
+        return Graphs(shape, tuple(sessions)), wanted
+
+
+def save(made: ir.Model, out: Path, name: str) -> Path:
+    """Writes out/<name>.onnx, and its weights to out/<name>.data."""
+    import onnx_ir as ir
+
+    out.mkdir(parents=True, exist_ok=True)
+    ir.save(made, out / f"{name}.onnx", external_data=f"{name}.data", size_threshold_bytes=1024)
+    return out / f"{name}.onnx"
+
+
+def on_cpu(file: Path, threads: int = 0) -> Any:
+    """Opens a graph on ONNX Runtime's CPU provider. Raises BackendUnavailable without onnxruntime."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        do = "run `pip install 'edge_sdss[export]'`"
+        raise BackendUnavailable(message("run a graph", "onnxruntime is not installed", do)) from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def _steps(graphs: Graphs, feeds: Feeds, text: Ids) -> Iterator[tuple[dict[str, npt.NDArray[Any]], slice]]:
+    """Prefills a text and yields all values of each step, with which of its tokens are real and not the first."""
+    shape = graphs.shape
+    cache, base = feeds.cache(shape.past + shape.tokens), feeds.adapter({}, shape.rank) if shape.rank else {}
+    for at in range(0, min(len(text), shape.past + shape.tokens), shape.tokens):
+        ids = text[at : at + shape.tokens]
+        values = graphs.run({**feeds.step(ids, at, cache, shape), **base})
+        feeds.keep(values, cache, at, len(ids))
+        yield values, slice(0 if at else 1, len(ids))
