@@ -78,11 +78,12 @@ def export(
     settings = options.settings(settings_file, set_, {"model": {"name": model}})
     recipe = recipes.load(target)
     given = {} if base_only else _given(adapter) or _of_home(options.home(home), settings)
+    kept = _kept(options.home(home), settings) if recipe.route == "static" else ()
     if explain:
-        cli_explain.run(settings, recipe, graph, given, out, overwrite, allow_fallback or (), json_)
+        cli_explain.run(settings, recipe, graph, given, kept, out, overwrite, allow_fallback or (), json_)
         return
     if phone is not None:
-        cli_explain.phone(settings, recipe, graph, given, phone, json_)
+        cli_explain.phone(settings, recipe, graph, given, kept, phone, json_)
         return
     with console.progress() as progress:
         manifest = bundling.bundle(
@@ -95,7 +96,7 @@ def export(
             trust=trust,
             beyond_limits=beyond_limits,
             board=boards.load(board) if board else None,
-            kept=_kept(options.home(home), settings) if recipe.route == "static" else (),
+            kept=kept,
             progress=progress,
         )
     sizes = {one.path: one.size_bytes for one in manifest.entries}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edge_sdss import config
     from edge_sdss.bundles.recipes import Recipe
     from edge_sdss.bundling.explaining import Which
+    from edge_sdss.types import Example
 
 
 def run(
@@ -23,6 +24,7 @@ def run(
     recipe: Recipe,
     graph: Which,
     adapters: Mapping[str, Path],
+    kept: Sequence[Example],
     out: Path,
     overwrite: bool,
     allowed: Collection[str],
@@ -41,7 +43,7 @@ def run(
     if not overwrite and (there := next((file for file in written.values() if file.exists()), None)):
         raise InputError(message(f"write {there}", "it is there already", "choose another --out or pass --overwrite"))
     with console.progress() as progress:
-        explained = explain_export(settings.model, recipe, graph=graph, adapter=adapter, progress=progress)
+        explained = explain_export(settings.model, recipe, graph=graph, adapter=adapter, kept=kept, progress=progress)
     found, placed = explained.found, explained.placed
     document = {"recipe": recipe.name, "notes": list(explained.notes), **report.document(found, placed)}
     title = f"{settings.model.name} for {recipe.name}, {graph}"
@@ -60,13 +62,21 @@ def run(
 
 
 def phone(
-    settings: config.Config, recipe: Recipe, graph: Which, adapters: Mapping[str, Path], out: Path, as_json: bool
+    settings: config.Config,
+    recipe: Recipe,
+    graph: Which,
+    adapters: Mapping[str, Path],
+    kept: Sequence[Example],
+    out: Path,
+    as_json: bool,
 ) -> None:
     """Writes the folder for a phone, and says what to do with it."""
     from edge_sdss.bundling.explaining import phone_folder
 
     with console.progress() as progress:
-        made = phone_folder(settings.model, recipe, out, graph=graph, adapter=_one(adapters), progress=progress)
+        made = phone_folder(
+            settings.model, recipe, out, graph=graph, adapter=_one(adapters), kept=kept, progress=progress
+        )
     told = json.loads((made / "cases.json").read_text(encoding="utf-8"))
     errors = [{name: file["emulated"] for name, file in case["outputs"].items()} for case in told["cases"]]
     console.emit({"phone": str(made), "binary": told["binary"], "emulated_errors": errors}, as_json)

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge_sdss.errors import BackendUnavailable, ExportError, InputError
 from edge_sdss.exporting.explain import Explanation, Finding, Stage, Topology, explain, of_model, placement, report
-from edge_sdss.exporting.explain.graph import Quantised
+from edge_sdss.exporting.explain.graph import Quantised, with_outputs
 from edge_sdss.exporting.explain.measure import difference
 
 TEXTS = [decoders.feeds(seed, scale=0.1) for seed in range(24)]
@@ -92,6 +92,16 @@ def test_a_tensor_is_looked_at_as_the_next_nodes_get_it(graphs: dict[str, Path])
     assert np.abs(weight - decoders.weights()[f"{name}.weight"]).max() < np.abs(weight).max() / 120
 
 
+def test_to_look_at_a_tensor_leaves_the_nodes_around_it_as_they_are(graphs: dict[str, Path]) -> None:
+    quantised = Quantised(graphs["qdq"])
+    found = quantised.find("layers.0.attn.k")
+    assert found is not None
+    looked = with_outputs(quantised.model, {"seen": found}, quantised.topology)
+    assert list(looked.graph.node[:-1]) == list(quantised.model.graph.node)
+    assert [one.name for one in looked.graph.output][-1] == "seen"
+    assert found not in looked.graph.node[-1].input  # a DequantizeLinear of its own, on the stored integers
+
+
 # the faults of the issue
 
 
@@ -116,6 +126,7 @@ def test_a_weight_whose_scale_is_off_by_two(
     found = against(graphs["float"], decoders.edit(graphs["qdq"], tmp_path / "q.onnx", change))
     assert told(found) == (tensor, "scale off by 2")
     assert f"the constant {tensor}.weight, dequantised, is {factor:g} times" in evidence(found)
+    assert f"the value is {factor:g}" in evidence(found)  # where it is not held at the end of its range
 
 
 def test_one_channel_whose_scale_is_off_by_two(graphs: dict[str, Path], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from test_export import adapter
 
 from edge_sdss import config
 from edge_sdss.bundles import recipes
-from edge_sdss.bundling import explaining
+from edge_sdss.bundling import explaining, static
 from edge_sdss.errors import BackendUnavailable, ConfigError
 from edge_sdss.exporting import explain, htp
 
@@ -35,7 +35,10 @@ def emulated() -> None:
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """qnn-htp with shapes that a tiny model has."""
     text = (recipes.folder() / "qnn-htp.toml").read_text()
-    for long, short in (("opt = 512, max = 512", "opt = 40, max = 40"), ("max = 32 }", "max = 16 }")):
+    for long, short in (
+        ("512, opt = 512, max = 512", "40, opt = 40, max = 40"),
+        ("32, opt = 32, max = 32", "16, opt = 16, max = 16"),
+    ):
         assert long in text
         text = text.replace(long, short)
     file = tmp_path_factory.mktemp("recipe") / "small.toml"
@@ -107,12 +110,15 @@ def test_an_adapter_that_the_graph_does_not_get_is_named(
 
 @pytest.mark.parametrize("tokens", [8, 16])
 def test_integer_products_on_the_npu_are_right_or_are_told_to_be_shuffled(
-    tiny: Path, recipe: Path, tmp_path: Path, tokens: int
+    tiny: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int
 ) -> None:
     """Of 16 tokens the emulation in onnxruntime-qnn 2.7.0 puts rows in the wrong places; it may be mended one day."""
     emulated()
-    text = recipe.read_text().replace('precision = "float16"', 'precision = "int8"\nblock_size = 32')
-    (tmp_path / "int8.toml").write_text(text.replace("max = 16 }", f"max = {tokens} }}"))
+    monkeypatch.setattr(static, "_TEXTS", 8)  # of calibration
+    text = recipe.read_text().replace('precision = "float16"', 'precision = "int8"')
+    (tmp_path / "int8.toml").write_text(
+        text.replace("min = 16, opt = 16, max = 16", f"min = 1, opt = 1, max = {tokens}")
+    )
     made = explaining.explain_export(config.Model(name=str(tiny)), recipes.load(str(tmp_path / "int8.toml")))
     assert [pair.stage for pair in made.found.pairs] == ["ONNX float32", "QDQ on the CPU", "emulated HTP"]
     first = made.found.first

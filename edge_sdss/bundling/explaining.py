@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,20 +19,19 @@ import numpy as np
 from edge_sdss import config
 from edge_sdss.bundles import peft
 from edge_sdss.bundles.recipes import Recipe
+from edge_sdss.bundling import static
 from edge_sdss.bundling.agreement import texts
 from edge_sdss.errors import ConfigError, message
-from edge_sdss.exporting import explain, fast_config, htp, phone, qdq, static_decoder
+from edge_sdss.exporting import explain, htp, phone, static_decoder
 from edge_sdss.exporting.blocks import Floats
 from edge_sdss.exporting.explain.placement import Placement, placement
 from edge_sdss.exporting.explain.stages import Feeds as StageFeeds
-from edge_sdss.exporting.explain.stages import on_cpu
-from edge_sdss.exporting.fast_weights import Weights
 from edge_sdss.exporting.parity import Ids
 from edge_sdss.exporting.static_decoder import Shape
 from edge_sdss.exporting.static_feeds import Feeds
 from edge_sdss.lm import loading
 from edge_sdss.lm.chat import Chat
-from edge_sdss.types import Progress, no_progress
+from edge_sdss.types import Example, Progress, no_progress
 
 if TYPE_CHECKING:
     from edge_sdss.exporting.fast_config import Spec
@@ -41,7 +41,7 @@ Which = Literal["prefill", "decode"]
 AT_ONCE = 96
 """Tensors that are looked at in one run on the HTP: each is an output, and an output can change what is fused."""
 
-_CALIBRATION, _SEED, _EFFECT = 16, 5, 0.1
+_SEED, _EFFECT = 5, 0.1
 _IDS, _BEFORE = "ids", "ids before"  # for torch, which embeds and rotates by itself
 
 _POINTS = {
@@ -82,14 +82,17 @@ def explain_export(
     *,
     graph: Which = "prefill",
     adapter: Path | None = None,
+    kept: Sequence[Example] = (),
     progress: Progress = no_progress,
 ) -> Explained:
     """Builds one of the recipe's graphs and compares its stages, with an adapter: the PEFT folder, or a drawn one.
 
+    `kept` are dialogues of the user to calibrate with.
+
     Raises ConfigError for a recipe that has no static graph on the HTP, BackendUnavailable where onnxruntime-qnn or
     torch is not installed, and what exporting raises.
     """
-    with _built(settings, recipe, graph, adapter, progress) as built:
+    with _built(settings, recipe, graph, adapter, kept, progress) as built:
         stages = [_of_torch(built), explain.of_model("ONNX float32", built.float_graph)]
         if built.quantised is not None:
             stages.append(explain.of_model("QDQ on the CPU", built.quantised))
@@ -115,13 +118,14 @@ def phone_folder(
     *,
     graph: Which = "prefill",
     adapter: Path | None = None,
+    kept: Sequence[Example] = (),
     progress: Progress = no_progress,
 ) -> Path:
     """Writes what a real Snapdragon needs to run one of the recipe's graphs and to say whether it is right.
 
     Raises as `explain_export`, and what `exporting.phone.write` raises.
     """
-    with _built(settings, recipe, graph, adapter, progress) as built:
+    with _built(settings, recipe, graph, adapter, kept, progress) as built:
         feeds = list(built.texts.compared())
         progress("compiling for the phone", 0, 1)
         right = explain.of_model("ONNX float32", built.float_graph)
@@ -134,7 +138,12 @@ def phone_folder(
 
 @contextlib.contextmanager
 def _built(
-    settings: config.Model, recipe: Recipe, graph: Which, adapter: Path | None, progress: Progress
+    settings: config.Model,
+    recipe: Recipe,
+    graph: Which,
+    adapter: Path | None,
+    kept: Sequence[Example],
+    progress: Progress,
 ) -> Iterator[_Built]:
     """The graphs, in a folder that is gone afterwards."""
     if not recipe.shapes.static or recipe.providers[0].name != "qnn":
@@ -143,15 +152,19 @@ def _built(
     htp.check_installed()
     torch = loading.torch_module()
     folder = loading.find(settings.name, progress)
-    spec, weights = fast_config.read(folder), Weights(folder)
-    rank = recipe.shapes.rank.max if recipe.shapes.rank else 0
-    tokens, past = recipe.shapes.sequence.max, recipe.shapes.past.max
-    shape = Shape(tokens, past, rank) if graph == "prefill" else Shape(1, past + tokens - 1, rank)
     model, tokenizer = loading.load(folder, torch.float32)
-    ids = [one for one in texts(Chat(tokenizer, [tokenizer.eos_token_id])) if len(one) > 1]
-    feeds = _Texts(spec, weights, shape, _lora(spec, adapter, rank), model.eval(), ids)
+    chat = Chat(tokenizer, [tokenizer.eos_token_id])
     with tempfile.TemporaryDirectory(prefix="edge_sdss-explain-") as aside:
-        float_graph, quantised = _graphs(spec, weights, shape, recipe, feeds, Path(aside), progress)
+        maker = static.Maker(folder, Path(aside), recipe, progress)
+        maker.model.limit_bytes = sys.maxsize  # in one part, so that all of it is one graph to look into
+        shape, spec = maker.prefill if graph == "prefill" else maker.decode, maker.model.spec
+        (float_graph,) = maker.model.write(maker.aside, "float", shape, quantised=False)
+        quantised = None
+        if maker.model.scheme is not None:
+            maker.calibrate(static.calibration(chat, kept))
+            (quantised,) = maker.model.write(maker.aside, "qdq", shape)
+        lora = _lora(spec, adapter, shape.rank)
+        feeds = _Texts(maker.model.feeds, shape, lora, model.eval(), texts(chat), with_first=quantised is None)
         yield _Built(spec, shape, feeds, float_graph, quantised)
 
 
@@ -166,60 +179,34 @@ def _opener(recipe: Recipe, *, fallback: bool = False) -> Callable[..., Any]:
 
 
 class _Texts:
-    """Feeds of everyday texts: the first tokens of each, and the next ones behind a cache, which torch filled."""
+    """Feeds of everyday texts: the beginning, and what follows it behind a cache, which torch filled.
+
+    Without `with_first` the first token is in the cache in either case: calibration leaves it out, as its activations
+    are beyond all others', and it enters a quantised graph as a prefix.
+    """
 
     def __init__(
-        self, spec: Spec, weights: Weights, shape: Shape, lora: dict[str, Floats], model: Any, ids: Sequence[Ids]
+        self, feeds: Feeds, shape: Shape, lora: dict[str, Floats], model: Any, ids: Sequence[Ids], *, with_first: bool
     ) -> None:
-        self.spec, self.shape, self.lora, self.model, self.ids = spec, shape, lora, model, ids
-        self.feeds = Feeds(spec, weights["model.embed_tokens.weight"])
+        self.feeds, self.shape, self.lora, self.model = feeds, shape, lora, model
+        self.ids, self.with_first = np.concatenate(ids), with_first
 
     def compared(self) -> Iterator[dict[str, Any]]:
         """A prompt's beginning and, where there is a cache, what follows it."""
-        tokens = self.shape.tokens
-        ids = np.concatenate(self.ids)
-        yield self._feed(ids[:0], ids[:tokens])
+        tokens, ids = self.shape.tokens, self.ids
+        first = 0 if self.with_first else 1
+        yield self._feed(ids[:first], ids[first : first + tokens])
         before = min(self.shape.past, max(tokens, 8) + 1)  # no multiple of anything, so that a shifted slot is seen
-        if before and len(ids) >= before + tokens:
+        if before > first and len(ids) >= before + tokens:
             yield self._feed(ids[:before], ids[before : before + tokens])
-
-    def calibration(self) -> Iterator[dict[str, Any]]:
-        """Each text's beginning, and its end behind it."""
-        for ids in self.ids[:_CALIBRATION]:
-            yield self._feed(ids[:0], ids[: self.shape.tokens])
-            half = min(len(ids) // 2, self.shape.past)
-            yield self._feed(ids[:half], ids[half:][: self.shape.tokens])
 
     def _feed(self, before: Any, ids: Any) -> dict[str, Any]:
         cache = self.feeds.cache(self.shape.past)
         if len(before):
-            filled = _present(_call(self.model, before, None, self.spec, self.lora), self.spec)
+            filled = _present(_call(self.model, before, None, self.feeds.spec, self.lora), self.feeds.spec)
             self.feeds.keep(filled, cache, 0, len(before))
         feed = self.feeds.step(ids, len(before), cache, self.shape)
         return {**feed, **self.lora, _IDS: np.asarray(ids), _BEFORE: np.asarray(before)}
-
-
-def _graphs(
-    spec: Spec, weights: Weights, shape: Shape, recipe: Recipe, feeds: _Texts, aside: Path, progress: Progress
-) -> tuple[Path, Path | None]:
-    """The float graph, and the quantised one where the recipe has integers."""
-    import onnx_ir as ir
-
-    made = static_decoder.build(spec, weights, shape)
-    ir.save(made, aside / "float.onnx", external_data="float.data")
-    if recipe.precision not in ("int8", "int4"):
-        return aside / "float.onnx", None
-    wanted = qdq.wanted(made)
-    statistics = qdq.Statistics({}, {})
-    stage = explain.of_model("calibration", aside / "float.onnx", open=on_cpu)
-    for at, feed in enumerate(feeds.calibration()):
-        progress("calibrating", at, 2 * len(feeds.ids))
-        for name, values in stage.run(feed, list(wanted)).items():
-            statistics.add(name, values, gram=wanted[name])
-        statistics.add("embeddings", feed["embeddings"], gram=False)
-    qdq.quantise(made, statistics, qdq.Scheme(bits=4 if recipe.precision == "int4" else 8))
-    ir.save(made, aside / "qdq.onnx", external_data="qdq.data")
-    return aside / "float.onnx", aside / "qdq.onnx"
 
 
 def _of_torch(built: _Built) -> explain.Stage:
