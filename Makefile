@@ -80,6 +80,8 @@ $(VENV)/.train: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.train
 	@echo "Installing the tools for tests and checks"
 	@$(BIN)/python $(INSTALL) -e '.[train,export,run,dev]'
+	@case `uname -sm` in "Linux x86_64") $(BIN)/python $(INSTALL) --no-deps onnxruntime-qnn 2>/dev/null || \
+		echo "onnxruntime-qnn is not for this Python or glibc: tests on the emulated NPU are skipped";; esac
 	@touch $@
 
 $(VENV)/.core: $(BIN)/python pyproject.toml constraints.txt

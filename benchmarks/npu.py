@@ -41,7 +41,7 @@ SETS = (
 RANK = 8
 PREFILL, DECODE = Shape(64, 64, RANK), Shape(1, 95, RANK)
 LENGTH, NEW = 128, 32
-CALIBRATION, UNSEEN = 32, 400
+CALIBRATION, UNSEEN = 12, 400
 """Dialogues of each set for calibration, from its beginning, and from which one on others are measured on."""
 
 SETUPS: dict[str, Scheme | None] = {

@@ -15,11 +15,13 @@ transformers = pytest.importorskip("transformers")
 
 from test_exporting_fast import model
 
-from edge_sdss.errors import ExportError
-from edge_sdss.exporting import fast_config, htp, qdq, static_decoder
+from edge_sdss.errors import BackendUnavailable, ExportError, InputError
+from edge_sdss.exporting import fast_config, htp, npu, qdq, static_decoder, static_ways
 from edge_sdss.exporting.fast_weights import Weights
+from edge_sdss.exporting.rounding import rounded
 from edge_sdss.exporting.static_decoder import Part, Shape
 from edge_sdss.exporting.static_feeds import Feeds
+from edge_sdss.exporting.static_ways import Graphs, StaticModel
 
 IDS = np.random.default_rng(3).integers(1, 96, 12)
 
@@ -58,3 +60,206 @@ def test_prefill_and_decode_compute_what_transformers_does(case: str, tmp_path: 
         feeds.keep(last, cache, at, 1)
         rows.append(last["logits"][0])
     np.testing.assert_allclose(np.concatenate(rows), expected, atol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    model(folder, "llama tied")
+    return folder
+
+
+def opened(made: npu.Model, out: Path, shape: Shape, name: str = "g", quantised: bool = True) -> Graphs:
+    return Graphs(shape, tuple(npu.on_cpu(file, 1) for file in made.write(out, name, shape, quantised=quantised)))
+
+
+def adapter(spec: Any, rank: int) -> dict[str, Any]:
+    draws, found = np.random.default_rng(rank), {}
+    for site in static_decoder.sites(spec):
+        found[site.lora_a] = draws.normal(0, 0.3, (site.inputs, rank)).astype(np.float32)
+        found[site.lora_b] = draws.normal(0, 0.3, (rank, site.outputs)).astype(np.float32)
+    return found
+
+
+@pytest.mark.parametrize("bytes_", [70_000, 100_000, 1_000_000])
+def test_a_split_model_computes_what_the_whole_does(llama: Path, tmp_path: Path, bytes_: int) -> None:
+    shape = Shape(12, 4)
+    whole = opened(npu.Model(llama), tmp_path, shape, "whole")
+    split = npu.Model(llama, limit_bytes=bytes_)
+    assert len(whole.sessions) == 1
+    assert (len(split.parts) > 1) == (bytes_ < 1_000_000)
+    feeds = split.feeds
+    rows = [StaticModel(feeds, graphs, None).logits(IDS) for graphs in (whole, opened(split, tmp_path, shape, "split"))]
+    np.testing.assert_allclose(rows[1], rows[0], atol=1e-5)
+
+
+def test_parts_cover_each_layer_once_and_the_head_last(llama: Path) -> None:
+    spec = fast_config.read(llama)
+    for limit in range(62_000, 300_000, 7_000):
+        found = static_decoder.parts(spec, 2, limit)
+        layers = [layer for part in found for layer in range(part.first, part.last)]
+        assert layers == list(range(spec.layers))
+        assert [part.head for part in found] == [False] * (len(found) - 1) + [True]
+    assert static_decoder.parts(spec, 2, 10**9) == (Part(0, spec.layers, True),)
+    with pytest.raises(ExportError, match="one layer has"):
+        static_decoder.parts(spec, 2, 10_000)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4])
+def test_an_adapter_of_any_lower_rank_is_what_its_product_in_the_weights_is(
+    llama: Path, tmp_path: Path, rank: int
+) -> None:
+    spec, given = fast_config.read(llama), adapter(fast_config.read(llama), rank)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(llama, attn_implementation="eager").float().eval()
+    parameters = dict(theirs.named_parameters())
+    with torch.no_grad():
+        for site in static_decoder.sites(spec):
+            product = given[site.lora_a] @ given[site.lora_b]
+            parameters[f"{site.module}.weight"] += torch.from_numpy(product.T)
+        expected = theirs(torch.tensor(IDS[None])).logits[0].numpy()
+    made = npu.Model(llama)
+    ours = StaticModel(made.feeds, opened(made, tmp_path, Shape(12, 4, 4)), None)
+    np.testing.assert_allclose(ours.logits(IDS, given), expected, atol=5e-4)
+    plain = StaticModel(made.feeds, opened(made, tmp_path, Shape(12, 4), "plain"), None)
+    np.testing.assert_allclose(ours.logits(IDS), plain.logits(IDS), atol=1e-6)
+
+
+def test_an_adapter_of_higher_rank_is_refused(llama: Path) -> None:
+    spec = fast_config.read(llama)
+    with pytest.raises(ExportError, match=r"its rank at model\.layers\.0.self_attn.q_proj is 5, the graph takes 4"):
+        Feeds(spec, np.zeros((96, 64), np.float32)).adapter(adapter(spec, 5), 4)
+
+
+def test_families_and_shapes_that_do_not_fit_are_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="past and tokens are 200 together, and the model sees 128"):
+        static_decoder.check(fast_config.read(llama), Shape(40, 160))
+    model(tmp_path, "gemma")
+    with pytest.raises(ExportError, match="its family is 'gemma'"):
+        static_decoder.check(fast_config.read(tmp_path), Shape(4, 4))
+
+
+def test_the_mask_is_finite_and_a_row_without_a_token_sees_itself_alone(llama: Path) -> None:
+    feeds = Feeds(fast_config.read(llama), np.zeros((96, 64), np.float32))
+    mask = feeds.step(np.array([1, 2]), 3, feeds.cache(8), Shape(4, 5))["mask"][0, 0][:4]
+    expected = [[1, 1, 1, 0, 0, 1, 0, 0, 0], [1, 1, 1, 0, 0, 1, 1, 0, 0],
+                [1, 1, 1, 0, 0, 1, 1, 1, 0], [1, 1, 1, 0, 0, 1, 1, 0, 1]]  # fmt: skip
+    assert np.array_equal(mask == 0, np.array(expected, bool))
+    assert mask.min() == static_decoder.MASKED
+
+
+def test_a_prefix_and_what_follows_are_the_whole(llama: Path, tmp_path: Path) -> None:
+    made = npu.Model(llama)
+    whole = StaticModel(made.feeds, opened(made, tmp_path, Shape(5, 10)), opened(made, tmp_path, Shape(1, 20), "d"))
+    first = static_ways.prefix(opened(made, tmp_path, Shape(2, 0), "first"), made.feeds, IDS[:2])
+    np.testing.assert_allclose(whole.logits(IDS, prefix=first), whole.logits(IDS), atol=1e-4)
+    assert whole.follow(IDS, 6, prefix=first) == whole.follow(IDS, 6)
+    with pytest.raises(InputError, match="it begins with"):
+        whole.logits(IDS[1:], prefix=first)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounding_to_the_nearest_code_and_for_the_outputs(bits: int) -> None:
+    draws = np.random.default_rng(bits)
+    weight = draws.normal(0, 1, (24, 48)).astype(np.float32)
+    weight[3] = 0
+    mix = draws.normal(0, 1, (48, 48))
+    x = draws.normal(0, 1, (4000, 12)) @ mix[:12] + 0.05 * draws.normal(0, 1, (4000, 48))  # inputs that depend
+    near, best = rounded(weight, bits), rounded(weight, bits, x.T @ x)
+    top = 2 ** (bits - 1) - 1
+    for found in (near, best):
+        assert np.abs(found.codes.astype(int)).max() <= top
+        assert not found.codes[3].any()
+        assert (found.scales > 0).all()
+    if bits == 8:  # no range is cut: half a step
+        assert (np.abs(near.values() - weight) <= near.scales[:, None] / 2 + 1e-6).all()
+    errors = [float(np.square((found.values() - weight) @ x.T).sum()) for found in (near, best)]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def calibrated(llama: Path, work: Path, scheme: qdq.Scheme, rank: int = 0) -> npu.Model:
+    made = npu.Model(llama, scheme)
+    texts = [np.random.default_rng(n).integers(1, 96, 12) for n in range(12)]
+    made.calibrate(texts, Shape(12, 0, rank), work)
+    return made
+
+
+def test_calibration_sees_all_tokens_but_the_first(llama: Path, tmp_path: Path) -> None:
+    made = npu.Model(llama, qdq.Scheme())
+    made.calibrate([IDS], Shape(6, 6), tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(llama, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        states = theirs(torch.tensor(IDS[None]), output_hidden_states=True)
+        entering = theirs.model.layers[0].input_layernorm(states.hidden_states[0])[0, 1:].numpy()
+        logits = states.logits[0, 1:].numpy()
+    np.testing.assert_allclose(made.statistics.largest["layers.0.attn.norm"], np.abs(entering).max(), rtol=1e-4)
+    np.testing.assert_allclose(made.statistics.largest["logits"], np.abs(logits).max(), rtol=1e-3)
+    np.testing.assert_allclose(made.statistics.grams["layers.0.attn.norm"], entering.T @ entering, rtol=1e-3, atol=1e-3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quantised_graph_keeps_names_and_answers_nearly_the_same(llama: Path, tmp_path: Path) -> None:
+    made, shape = calibrated(llama, tmp_path, qdq.Scheme(8, 8)), Shape(12, 4)
+    plain, quantised = (opened(made, tmp_path, shape, f"q{on}", on) for on in (False, True))
+    names = [[value.name for value in graphs.sessions[0].get_outputs()] for graphs in (plain, quantised)]
+    assert names[0] == names[1]
+    rows = [StaticModel(made.feeds, graphs, None).logits(IDS) for graphs in (plain, quantised)]
+    error = np.linalg.norm(rows[1] - rows[0]) / np.linalg.norm(rows[0])
+    assert 1e-5 < error < 0.05
+    graph = ir.load(tmp_path / "qTrue.onnx").graph
+    tensors = {value.name: value.const_value.numpy() for value in graph.initializers.values()}
+    assert tensors["layers.1.mlp.down.weight_quantized"].dtype == np.int8
+    assert tensors["layers.1.mlp.down.weight_scale"].shape == (64,)
+    largest = made.statistics.largest["layers.1.mlp.inner"]
+    np.testing.assert_allclose(tensors["layers.1.mlp.inner_scale"], 2 * largest / 32767, rtol=1e-6)
+    products = [node for node in graph if node.op_type == "MatMul" and "attn.scores" not in node.name]
+    kinds = {node.inputs[1].producer().op_type for node in products if "context" not in node.name}
+    assert kinds == {"DequantizeLinear"}
+
+
+def test_both_graphs_have_the_same_codes(llama: Path, tmp_path: Path) -> None:
+    made = calibrated(llama, tmp_path, qdq.Scheme(4, None), rank=2)
+    made.write(tmp_path, "prefill", Shape(4, 4, 2))
+    made.write(tmp_path, "decode", Shape(1, 7, 2))
+    stored = [
+        {k: v.const_value.numpy() for k, v in ir.load(tmp_path / f"{name}.onnx").graph.initializers.items()}
+        for name in ("prefill", "decode")
+    ]
+    weights = [name for name in stored[0] if name.endswith("weight_quantized")]
+    assert len(weights) == 21
+    assert all(np.array_equal(stored[0][name], stored[1][name]) for name in weights)
+    assert stored[0]["head.weight"].dtype == np.float32
+    assert all(np.abs(stored[0][name].astype(int)).max() <= 7 for name in weights)
+
+
+def test_without_the_package_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "onnxruntime_qnn", None)
+    with pytest.raises(BackendUnavailable, match=r"onnxruntime_qnn is not installed; run `pip install 'edge_sdss\[qnn"):
+        htp.session(tmp_path / "g.onnx")
+
+
+def test_on_the_emulated_htp(llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_qnn", reason="onnxruntime-qnn, which emulates the HTP, is not installed")
+    made, shape = calibrated(llama, tmp_path, qdq.Scheme(8, 8), 4), Shape(8, 8, 4)
+    given = adapter(made.spec, 3)
+    first = static_ways.prefix(opened(made, tmp_path, Shape(1, 0, 4), "first", False), made.feeds, IDS[:1], given)
+    for name, quantised in (("float", False), ("qdq", True)):
+        here = StaticModel(made.feeds, opened(made, tmp_path, shape, name, quantised), None)
+        session = htp.session(tmp_path / f"{name}.onnx", context=tmp_path / f"{name}-context.onnx")
+        there = StaticModel(made.feeds, Graphs(shape, (session,)), None)
+        rows = here.logits(IDS, given, first), there.logits(IDS, given, first)
+        assert np.linalg.norm(rows[1] - rows[0]) < 0.01 * np.linalg.norm(rows[0])
+        again = StaticModel(made.feeds, Graphs(shape, (htp.session(tmp_path / f"{name}-context.onnx"),)), None)
+        assert np.array_equal(again.logits(IDS, given, first), rows[1])
+
+
+def test_a_node_that_the_htp_lacks_is_an_error_unless_it_may_fall_back(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_qnn", reason="onnxruntime-qnn, which emulates the HTP, is not installed")
+    import onnx
+
+    text = '<ir_version: 10, opset_import: ["" : 18]> g (float[4, 4] x) => (float d, float[4, 4] y) {\n'
+    onnx.save(onnx.parser.parse_model(text + "d = Det(x)\ny = Sigmoid(x)\n}"), tmp_path / "g.onnx")
+    with pytest.raises(ExportError, match=r"compile .*g\.onnx for the HTP"):
+        htp.session(tmp_path / "g.onnx")
+    assert htp.session(tmp_path / "g.onnx", fallback=True)

@@ -98,8 +98,10 @@ class StaticModel:
         assert self.prefill is not None
         cache, start = self._begun(ids, prefix)
         rows, step = [], self.prefill.shape.tokens
-        for at in range(start, len(ids), step):
-            rows.append(self._step(self.prefill, ids[at : at + step], at, cache, lora))
+        while start < len(ids):
+            end = min((start // step + 1) * step, len(ids))  # behind a prefix as without one: all slots can be filled
+            rows.append(self._step(self.prefill, ids[start:end], start, cache, lora))
+            start = end
         return np.concatenate([*([] if prefix is None else [prefix.logits]), *rows]), cache, len(ids)
 
     def _begun(self, ids: npt.NDArray[Any], prefix: Prefix | None) -> tuple[Cache, int]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from edge_sdss import bundles
 from edge_sdss.bundles import Manifest
-from edge_sdss.errors import ConfigError, InputError, message
+from edge_sdss.errors import BackendUnavailable, ConfigError, InputError, message
 from edge_sdss.lm.chat import Chat, Encoded
 from edge_sdss.lm.decoding import Generation
 from edge_sdss.runtime import adapters, batch, measures, providers
@@ -60,6 +60,12 @@ class Engine:
         """
         providers.library()
         manifest = bundles.load(bundle)
+        if manifest.graph.static is not None:
+            found, do = (
+                "its graphs have fixed shapes, which the engine does not run yet",
+                "see docs/npu.md for its checks",
+            )
+            raise BackendUnavailable(message(f"answer with the bundle {bundle}", found, do))
         opened = providers.open_session(bundle / manifest.graph.file, manifest, provider, threads)
         return cls(bundle, manifest, opened)
 
