@@ -20,8 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge_sdss.errors import BackendUnavailable, ExportError, InputError
 from edge_sdss.exporting.explain import Explanation, Finding, Stage, Topology, explain, of_model, placement, report
-from edge_sdss.exporting.explain.graph import Quantised, with_outputs
 from edge_sdss.exporting.explain.measure import difference
+from edge_sdss.exporting.explain.quantised import Quantised, with_outputs
 
 TEXTS = [decoders.feeds(seed, scale=0.1) for seed in range(24)]
 SEEN = TEXTS[:2]  # so that no value is beyond the calibrated ranges

@@ -16,7 +16,8 @@ import numpy as np
 from edge_sdss.errors import InputError, message
 from edge_sdss.exporting.explain import measure
 from edge_sdss.exporting.explain.causes import name_cause
-from edge_sdss.exporting.explain.graph import Array, Quantisation, Topology, layer
+from edge_sdss.exporting.explain.graph import Array, Topology, layer
+from edge_sdss.exporting.explain.quantised import Quantisation
 from edge_sdss.exporting.explain.stages import Feeds, Stage
 from edge_sdss.exporting.explain.suspects import Cause, Suspect
 
@@ -140,12 +141,8 @@ def explain(
 
 
 def _limit(topology: Topology, reference: Stage, candidate: Stage) -> float:
-    quantised = any(map(candidate.quantisation, topology.tensors)) and not any(
-        map(reference.quantisation, topology.tensors)
-    )
-    if candidate.emulated and not quantised and any(map(candidate.quantisation, topology.tensors)):
-        return LIMITS["float16", False]  # the same integers at both stages: what differs is how they are rounded
-    return LIMITS[candidate.arithmetic, quantised]
+    before, now = (any(map(stage.quantisation, topology.tensors)) for stage in (reference, candidate))
+    return LIMITS[candidate.arithmetic, now and not before]
 
 
 def _pair(run: _Run, tick: Tick) -> Pair:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from edge_sdss.exporting.explain import measure
-from edge_sdss.exporting.explain.graph import Array, Quantisation
+from edge_sdss.exporting.explain.graph import Array
+from edge_sdss.exporting.explain.quantised import Quantisation
 from edge_sdss.exporting.explain.suspects import Cause, Suspect
 
 HALF_MAX = 65504.0

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from edge_sdss.exporting.explain.bisecting import Explanation, Finding, Line, Pair
-from edge_sdss.exporting.explain.graph import Quantisation
 from edge_sdss.exporting.explain.placement import Placement
+from edge_sdss.exporting.explain.quantised import Quantisation
 
 _WORST = 8
 

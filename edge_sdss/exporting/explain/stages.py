@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edge_sdss.errors import BackendUnavailable, InputError, message
-from edge_sdss.exporting.explain.graph import Array, Quantisation, Quantised, library, with_outputs
+from edge_sdss.exporting.explain.graph import Array, library
+from edge_sdss.exporting.explain.quantised import Quantisation, Quantised, with_outputs
 
 Feeds = Mapping[str, Array]
 Values = dict[str, Array]
