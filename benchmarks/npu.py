@@ -40,12 +40,13 @@ SETS = (
 )  # fmt: skip
 RANK = 8
 PREFILL, DECODE = Shape(64, 64, RANK), Shape(1, 95, RANK)
-LENGTH, NEW = 128, 32
+LENGTH, NEW, PER_SET = 128, 32, 3
 CALIBRATION, UNSEEN = 12, 400
 """Dialogues of each set for calibration, from its beginning, and from which one on others are measured on."""
 
 SETUPS: dict[str, Scheme | None] = {
     "fp16": None,
+    "fp16, first token as a prefix": None,
     "A16W8": Scheme(bits=8, head_bits=8),
     "A16W8, float head": Scheme(bits=8, head_bits=None),
     "A16W4, head of 8 bits": Scheme(bits=4, head_bits=8),
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for parts; give it again to go on")
     parser.add_argument("--setups", default="fp16;A16W8", help=f"some of {'; '.join(SETUPS)}")
     parser.add_argument("--only", default="prefill,adapters,context,greedy", help="which parts")
-    parser.add_argument("--texts", type=int, default=10, help="of 128 tokens")
+    parser.add_argument("--texts", type=int, default=10, help=f"of {LENGTH} tokens, {4 * PER_SET} at most")
     parser.add_argument("--prompts", type=int, default=10)
     parser.add_argument("--on", choices=("htp", "cpu"), default="htp", help="cpu: to search, not stored")
     parser.add_argument("--store", action="store_true", help="append what was measured to the results")
@@ -126,7 +127,8 @@ def main() -> None:
 
 def made(work: Work, setup: str, name: str, shape: Shape) -> Path:
     """Returns the graph of a setup, and writes it where it is not there."""
-    scheme, out = SETUPS[setup], work.folder / setup.replace(", ", "-").replace(" ", "-")
+    scheme = SETUPS[setup]
+    out = work.folder / ("fp16" if scheme is None else setup.replace(", ", "-").replace(" ", "-"))
     if (out / f"{name}.onnx").is_file():
         return out / f"{name}.onnx"
     model = npu.Model(work.model, scheme)
@@ -165,8 +167,8 @@ def static(work: Work, setup: str, on: str, names: Sequence[str]) -> StaticModel
 
 
 def begun(work: Work, setup: str, reference: StaticModel, ids: Any, adapter: Any = None) -> Prefix | None:
-    """The first token as float32 computes it, where the setup is quantised."""
-    if SETUPS[setup] is None:
+    """The first token as float32 computes it, in all setups but plain fp16."""
+    if setup == "fp16":
         return None
     assert reference.prefill is not None
     return static_ways.prefix(reference.prefill, reference.feeds, [int(ids[0])], adapter)
@@ -192,7 +194,7 @@ def compared(reference: Rows, rows: Rows, following: Any) -> dict[str, float]:
 
 def prefill(work: Work, setup: str, on: str) -> Iterator[Line]:
     """Agreement and NLL over texts, positions of the system prompt, which all texts share, not counted."""
-    texts = work.dialogues(UNSEEN, -(-work.texts // 4), LENGTH + 1, 10 * LENGTH, answered=True)[: work.texts]
+    texts = work.dialogues(UNSEEN, PER_SET, LENGTH + 1, 10 * LENGTH, answered=True)[: work.texts]
     shared = next(i for i in range(LENGTH) if len({text[i] for text in texts}) > 1)
     reference = ours = None
     found = []
@@ -221,7 +223,7 @@ def prefill(work: Work, setup: str, on: str) -> Iterator[Line]:
 
 def greedy(work: Work, setup: str, on: str) -> Iterator[Line]:
     """Greedy answers token by token against float32's, and each step's argmax along our own answer."""
-    prompts = work.dialogues(UNSEEN, -(-work.prompts // 4), 8, PREFILL.tokens, answered=False)[: work.prompts]
+    prompts = work.dialogues(UNSEEN, PER_SET, 8, PREFILL.tokens, answered=False)[: work.prompts]
     reference = ours = None
     found = []
     for number, prompt in enumerate(prompts):
