@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from edge_sdss import console
+from edge_sdss import console, default_model
 from edge_sdss.errors import InputError, message
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def run(
         explained = explain_export(settings.model, recipe, graph=graph, adapter=adapter, kept=kept, progress=progress)
     found, placed = explained.found, explained.placed
     document = {"recipe": recipe.name, "notes": list(explained.notes), **report.document(found, placed)}
-    title = f"{settings.model.name} for {recipe.name}, {graph}"
+    title = f"{settings.model.name or default_model.NAME} for {recipe.name}, {graph}"
     files.replace(written["md"], report.markdown(title, found, placed, explained.notes))
     files.replace(written["json"], json.dumps(document, indent=1, allow_nan=False) + "\n")
     if as_json:
