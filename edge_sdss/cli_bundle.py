@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from edge_sdss import config, console, options
+from edge_sdss import cli_explain, config, console, options
 from edge_sdss.errors import EdgeSdssError, InputError, message
 from edge_sdss.options import Home, Json, Model, Set, Settings
 from edge_sdss.types import Example, Turn
@@ -42,6 +42,21 @@ def export(
         bool, typer.Option("--beyond-limits", help="Have a bundle that is beyond the recipe's limits; it is noted.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle that --out holds.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="No bundle: of an NPU's graph say which tensor goes wrong first, and why.")
+    ] = False,
+    allow_fallback: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-fallback", metavar="OP", help="With --explain: a node, or kind of node, may leave the NPU."
+        ),
+    ] = None,
+    graph: Annotated[
+        Literal["prefill", "decode"], typer.Option("--graph", help="Which one --explain and --phone are about.")
+    ] = "prefill",
+    phone: Annotated[
+        Path | None, typer.Option("--phone", metavar="DIR", help="No bundle: a folder to check a real phone with.")
+    ] = None,
     model: Model = None,
     home: Home = None,
     settings_file: Settings = None,
@@ -51,7 +66,8 @@ def export(
     """Make a bundle for a target: quantised graph, tokenizer, adapters, each stage checked against the one before.
 
     It appears when all of it is done. Examples: edge-sdss export --target onnxruntime-cpu --out bundle; edge-sdss
-    export --target list; edge-sdss export --adapter work=my-peft-folder --out bundle
+    export --target list; edge-sdss export --adapter work=my-peft-folder --out bundle; edge-sdss export --target qnn-htp
+    --explain (writes bundle.explain.md and .json; exit 1 where an output goes wrong)
     """
     from edge_sdss import boards, bundling
     from edge_sdss.bundles import recipes
@@ -62,6 +78,13 @@ def export(
     settings = options.settings(settings_file, set_, {"model": {"name": model}})
     recipe = recipes.load(target)
     given = {} if base_only else _given(adapter) or _of_home(options.home(home), settings)
+    kept = _kept(options.home(home), settings) if recipe.route == "static" else ()
+    if explain:
+        cli_explain.run(settings, recipe, graph, given, kept, out, overwrite, allow_fallback or (), json_)
+        return
+    if phone is not None:
+        cli_explain.phone(settings, recipe, graph, given, kept, phone, json_)
+        return
     with console.progress() as progress:
         manifest = bundling.bundle(
             settings.model,
@@ -73,7 +96,7 @@ def export(
             trust=trust,
             beyond_limits=beyond_limits,
             board=boards.load(board) if board else None,
-            kept=_kept(options.home(home), settings) if recipe.route == "static" else (),
+            kept=kept,
             progress=progress,
         )
     sizes = {one.path: one.size_bytes for one in manifest.entries}

@@ -39,6 +39,12 @@ def profile(
     replay: Annotated[Path | None, typer.Option("--replay", help="Take the sensors from a recording.")] = None,
     root: Annotated[Path | None, typer.Option("--root", help="Where /sys and /proc are, as in a container.")] = None,
     trace: Annotated[Path | None, typer.Option("--trace", help="Energy of a phone's power trace; no case.")] = None,
+    span: Annotated[
+        str | None, typer.Option("--span", metavar="FROM:TO", help="With --trace: seconds from its beginning.")
+    ] = None,
+    items: Annotated[
+        float | None, typer.Option("--items", min=0, help="With --trace: so many tokens, say, were done in the span.")
+    ] = None,
     overwrite: Overwrite = False,
     model: Model = None,
     home: Home = None,
@@ -49,7 +55,8 @@ def profile(
     """Measure latency, energy and memory of what the product does, case by case.
 
     Exit 1 where a case failed; the others are in the report. Examples: edge-sdss profile;
-    edge-sdss profile decode prefill --runs 10 --clocks require; edge-sdss profile --record my-board
+    edge-sdss profile decode prefill --runs 10 --clocks require; edge-sdss profile --record my-board;
+    edge-sdss profile --trace phone.csv --span 2.5:12.5 --items 640
     """
     from edge_sdss import cases
     from edge_sdss.tree import Tree
@@ -58,7 +65,7 @@ def profile(
         console.emit({name: cases.about(name) for name in cases.names()}, json_)
         return
     if trace is not None:
-        console.emit(_imported(trace), json_)
+        console.emit(_imported(trace, span, items), json_)
         return
     if (replay is not None) + (root is not None) > 1 or (record and replay):
         raise InputError(message("profile", "two of --record, --replay and --root", "choose one"))
@@ -115,10 +122,15 @@ def _recorded(folder: Path, tree: Tree, seconds: float) -> dict[str, Any]:
         return recording.record(folder, tree, seconds, progress=progress)
 
 
-def _imported(trace: Path) -> dict[str, Any]:
+def _imported(trace: Path, span: str | None, items: float | None) -> dict[str, Any]:
     from edge_sdss.profiling import imported
 
-    energy, seconds = imported.energy(trace)
+    try:
+        start, _, end = (span or "").partition(":")
+        ends = {"start_s": float(start or 0.0), "end_s": float(end or "inf")}
+    except ValueError as error:
+        raise InputError(message(f"read --span {span}", "no FROM:TO", "e.g. --span 2.5:12.5")) from error
+    energy, seconds = imported.energy(trace, **ends, items=items)
     return {"trace": trace.name, "seconds": seconds, **energy.model_dump(mode="json")}
 
 

@@ -80,10 +80,14 @@ class Maker:
         files = plain.write(self.aside, "float", Shape(self.prefill.tokens, self.prefill.past, self.prefill.rank))
         return StaticModel(self.model.feeds, Graphs(self.prefill, tuple(npu.on_cpu(file) for file in files)), None)
 
-    def write(self, texts: Sequence[Ids], given: Mapping[str, Path]) -> Graph:
-        """Calibrates, quantises, compiles; writes the embedding and the prefixes."""
+    def calibrate(self, texts: Sequence[Ids]) -> None:
+        """Looks at what goes through the float model, where the recipe has integers."""
         if self.model.scheme is not None:
             self.model.calibrate(texts, Shape(_TOKENS, 0, self.prefill.rank), self.aside, progress=self.progress)
+
+    def write(self, texts: Sequence[Ids], given: Mapping[str, Path]) -> Graph:
+        """Calibrates, quantises, compiles; writes the embedding and the prefixes."""
+        self.calibrate(texts)
         names = {}
         for number, (name, shape) in enumerate((("prefill", self.prefill), ("decode", self.decode))):
             self.progress("compiling for the HTP", number, 2)

@@ -31,11 +31,13 @@ def session(
     fallback: bool = False,
     context: Path | None = None,
     entries: Mapping[str, str] | None = None,
+    log_severity: int = 3,
 ) -> Any:
     """Returns an InferenceSession of a graph, or of a context binary's file, compiled for the HTP.
 
     `options` are the provider's, on top of `OPTIONS`; `entries` are of the session. Without `fallback` a node that the
-    HTP does not take is an error. `context` writes the compiled graph to this .onnx, its binary beside it.
+    HTP does not take is an error. With `log_severity` 0 the
+    provider says why, on standard error. `context` writes the compiled graph to this .onnx, its binary beside it.
     Raises BackendUnavailable where onnxruntime-qnn is not installed, ExportError where the graph cannot be compiled.
     """
     package, ort = _package()
@@ -49,7 +51,7 @@ def session(
     if not os.path.isabs(chosen["backend_path"]):
         chosen["backend_path"] = backend
     set_ = ort.SessionOptions()
-    set_.log_severity_level = 3
+    set_.log_severity_level = log_severity
     given = dict(entries or {})
     if not fallback:
         given["session.disable_cpu_ep_fallback"] = "1"

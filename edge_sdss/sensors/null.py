@@ -9,7 +9,8 @@ from edge_sdss.tree import Tree
 
 NOTE = (
     "no power figure: the power sensors of a Jetson (ina3221, tegrastats), the energy counters of an Intel or AMD "
-    "processor (rapl), an NVIDIA GPU (nvml) or a recorded Android trace (android) would give one; "
+    "processor (rapl), an NVIDIA GPU (nvml), a recorded Android trace (android) or an instrument's CSV (powerlog) "
+    "would give one; "
     "`edge-sdss doctor` says what keeps each of them from being read here"
 )
 

@@ -15,7 +15,7 @@ import pytest
 
 from edge_sdss import sensors
 from edge_sdss.errors import SensorUnavailable
-from edge_sdss.sensors import android
+from edge_sdss.sensors import android, powerlog
 from edge_sdss.tree import Tree
 
 LEAST_W, MOST_W = -1.0, 1000.0  # an idle rail's offset may read a little below 0
@@ -56,6 +56,8 @@ OPENERS: dict[str, tuple[str, Callable[[Path], dict[str, object]]]] = {
     "nvml without driver": ("nvml", lambda folder: {"library": hosts.Nvml(start=hosts.NVMLError_LibraryNotFound())}),
     "android rails": ("android", lambda folder: {"trace": file(folder, hosts.RAILS)}),
     "android battery": ("android", lambda folder: {"trace": file(folder, hosts.BATTERY)}),
+    "powerlog power": ("powerlog", lambda folder: {"trace": file(folder, "Time (ms),Power (mW)\n0,900\n5,-1\n9,x\n")}),
+    "powerlog junk": ("powerlog", lambda folder: {"trace": file(folder, "Time (ms),Power\n0,900\n")}),
     "android junk": ("android", lambda folder: {"trace": file(folder, "ts,name,value\n1,power.x_uws,y\n")}),
 }
 # Those that are given what they read need no machine.
@@ -134,6 +136,7 @@ def check(sensor, passes: int = 3) -> None:
 @pytest.fixture(autouse=True)
 def no_trace(monkeypatch):
     monkeypatch.delenv(android.VARIABLE, raising=False)
+    monkeypatch.delenv(powerlog.VARIABLE, raising=False)
 
 
 def test_the_sensors_of_the_design_are_there():
