@@ -1,8 +1,8 @@
-"""Write the README's tables from the results. Knows nothing of how a figure was measured.
+"""Write the tables of the README and of docs/measured.md from the results. Knows nothing of how a figure was measured.
 
 A block `<!-- table:NAME -->` ... `<!-- /table -->` holds the newest line of each case, metric and device
 of the benchmark NAME: one row each, or, of a benchmark in WIDE, one row a case with these metrics side by
-side. `table:study` is what the study of selection found. `python benchmarks/tables.py` rewrites the blocks;
+side; `<!-- table:NAME all -->` is always of the first form. `table:study` is what the study of selection found. `python benchmarks/tables.py` rewrites the blocks;
 `--check` only says whether they differ.
 """
 
@@ -19,9 +19,18 @@ from typing import Any
 import results
 from quality import report
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table -->)", re.S)
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
+BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+)(?P<all> all)? -->\n).*?(?P<end><!-- /table -->)", re.S)
 WIDE = {
+    "loop": (
+        "held-out NLL before", "held-out NLL after", "change of held-out NLL", "change of ROUGE-1", "change of general NLL",
+        "whole run",
+    ),
+    "npu": (
+        "prefill: argmax agreement with float32", "prefill: change of NLL", "adapter of r = 8: error of its effect",
+        "context binary of prefill",
+    ),
     "inference": (
         "decode", "decode, r = 8 active", "prefill of 512", "size", "held-out NLL", "change of NLL", "KL to float32",
     ),
@@ -62,7 +71,7 @@ def wide(rows: Iterable[Mapping[str, Any]], metrics: Sequence[str]) -> str:
     cases: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         if row["metric"] in metrics:
-            cases.setdefault((row["case"], row["device"]), {})[row["metric"]] = row
+            cases.setdefault((row["case"], _device(row)), {})[row["metric"]] = row
     lines = [["Case", *metrics, "Device", "Commit"], ["---"] * (len(metrics) + 3)]
     for (case, device), found in cases.items():
         commits = dict.fromkeys(row["commit"] for row in found.values())
@@ -76,13 +85,14 @@ def rewrite(text: str, lines: list[dict[str, Any]], study: Sequence[Mapping[str,
 
     def fill(match: re.Match[str]) -> str:
         if match["name"] == "study" and study:
-            return match[1] + report.summary(study) + match[3]
+            return match[1] + report.summary(study) + match["end"]
         rows = newest(lines, match["name"])
         if not rows:
             known = ", ".join(sorted({line["bench"] for line in lines})) or "none at all"
             raise ValueError(f"table:{match['name']} has no results; there are {known}")
         name = match["name"]
-        return match[1] + (wide(rows, WIDE[name]) if name in WIDE else table(rows)) + match[3]
+        short = name in WIDE and not match["all"]
+        return match[1] + (wide(rows, WIDE[name]) if short else table(rows)) + match["end"]
 
     return BLOCK.sub(fill, text)
 
@@ -98,9 +108,21 @@ def number(value: float | None) -> str:
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     peer = f"{row['peer']} (× {number(row['ratio'])})" if row["peer"] else ""
-    device = row["device"] + (" (emulated)" if row["emulated"] else "")
-    cells = [row["case"], row["metric"], _value(row), _interval(row), number(row["n"]), peer, device, row["commit"]]
+    cells = [
+        row["case"],
+        row["metric"],
+        _value(row),
+        _interval(row),
+        number(row["n"]),
+        peer,
+        _device(row),
+        row["commit"],
+    ]
     return [_escaped(cell) for cell in cells]
+
+
+def _device(row: Mapping[str, Any]) -> str:
+    return str(row["device"]) + (" (emulated)" if row["emulated"] else "")
 
 
 def _cell(row: Mapping[str, Any]) -> str:
@@ -122,19 +144,21 @@ def _escaped(cell: str) -> str:
     return cell.replace("|", "\\|")
 
 
-def main(arguments: list[str], readme: Path = README, folder: Path = results.FOLDER) -> int:
+def main(arguments: list[str], pages: Sequence[Path] = PAGES, folder: Path = results.FOLDER) -> int:
     """Returns the exit status: 1 where a check finds a table that is not current."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a table differs")
     check = parser.parse_args(arguments).check
-    old = readme.read_text(encoding="utf-8")
-    new = rewrite(old, read(folder), report.all_lines(folder / "quality"))
-    if check:
-        if new != old:
-            print(f"{readme.name}: tables differ from the results; run `python benchmarks/tables.py`")
-        return int(new != old)
-    readme.write_text(new, encoding="utf-8")
-    return 0
+    lines, study, differ = read(folder), report.all_lines(folder / "quality"), False
+    for page in pages:
+        old = page.read_text(encoding="utf-8")
+        new = rewrite(old, lines, study)
+        if check and new != old:
+            print(f"{page.name}: tables differ from the results; run `python benchmarks/tables.py`")
+            differ = True
+        elif not check:
+            page.write_text(new, encoding="utf-8")
+    return int(differ)
 
 
 if __name__ == "__main__":

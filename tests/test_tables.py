@@ -155,13 +155,13 @@ def test_check_fails_until_the_tables_are_written(tmp_path: Path, capsys: pytest
     readme, folder = tmp_path / "README.md", tmp_path / "results"
     readme.write_text(README, encoding="utf-8")
     folder_with(folder, stored(), stored(bench="eoe"))
-    assert tables.main(["--check"], readme, folder) == 1
+    assert tables.main(["--check"], [readme], folder) == 1
     assert "benchmarks/tables.py" in capsys.readouterr().out
     assert readme.read_text(encoding="utf-8") == README
-    assert tables.main([], readme, folder) == 0
-    assert tables.main(["--check"], readme, folder) == 0
+    assert tables.main([], [readme], folder) == 0
+    assert tables.main(["--check"], [readme], folder) == 0
     folder_with(folder, stored(value=9.0, time="2027-01-01T00:00:00+00:00"))
-    assert tables.main(["--check"], readme, folder) == 1
+    assert tables.main(["--check"], [readme], folder) == 1
 
 
 def test_a_block_without_results_is_an_error(tmp_path: Path) -> None:
