@@ -2,8 +2,8 @@
 
 A block `<!-- table:NAME -->` ... `<!-- /table -->` holds the newest line of each case, metric and device
 of the benchmark NAME: one row each, or, of a benchmark in WIDE, one row a case with these metrics side by
-side; `<!-- table:NAME all -->` is always of the first form. `table:study` is what the study of selection found. `python benchmarks/tables.py` rewrites the blocks;
-`--check` only says whether they differ.
+side; `<!-- table:NAME all -->` is always of the first form. `table:study` is what the study of selection
+found. `python benchmarks/tables.py` rewrites the blocks; `--check` only says whether they differ.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
 BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+)(?P<all> all)? -->\n).*?(?P<end><!-- /table -->)", re.S)
 WIDE = {
     "loop": (
-        "held-out NLL before", "held-out NLL after", "change of held-out NLL", "change of ROUGE-1", "change of general NLL",
-        "whole run",
+        "held-out NLL before", "held-out NLL after", "change of held-out NLL", "change of ROUGE-1",
+        "change of general NLL", "whole run",
     ),
     "npu": (
         "prefill: argmax agreement with float32", "prefill: change of NLL", "adapter of r = 8: error of its effect",
