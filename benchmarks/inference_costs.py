@@ -21,6 +21,7 @@ from edge_sdss.bundles import adapters
 from edge_sdss.config import Config
 from edge_sdss.profiling.versus import versus
 from edge_sdss.runtime import Engine, Stream
+from edge_sdss.runtime.adapters import ACTIVE, Asked
 from edge_sdss.tree import Tree
 from edge_sdss.types import Dialogue, Turn
 
@@ -111,29 +112,37 @@ def _grown(subject: Subject, made: dict[str, Path]) -> tuple[int, int]:
 
 
 def _observing(subject: Subject, blocks: int) -> Iterator[Line]:
-    """An exchange of a chat with E(T) for the buffer: out of its own passes, by a second one, and without E(T)."""
+    """An exchange of a chat with E(T) for the buffer: out of its own passes, by a second one, and without E(T).
+
+    With an adapter active the base model prefills what the adapted one has said: E(T) is the base model's.
+    """
     engine, settings, numbers = _engine(subject), Config(), count()
 
-    def answer(embeddings: bool) -> tuple[Stream, str]:
-        asked = f"{next(numbers)}. {_QUESTION}"  # another beginning, so that each prompt is prefilled
-        stream = engine.stream([Turn("user", asked)], max_new_tokens=32, embeddings=embeddings)
-        return stream, "".join(stream)
+    def measured(case: str, adapter: Asked) -> Iterator[Line]:
+        def answer(embeddings: bool) -> tuple[Stream, str]:
+            asked = f"{next(numbers)}. {_QUESTION}"  # another beginning, so that each prompt is prefilled
+            turns = [Turn("user", asked)]
+            stream = engine.stream(turns, max_new_tokens=32, embeddings=embeddings, adapter=adapter)
+            return stream, "".join(stream)
 
-    def own() -> None:
-        stream, _ = answer(True)
-        embedding.of_answer(engine, stream, settings)
+        def own() -> None:
+            stream, _ = answer(True)
+            embedding.of_answer(engine, stream, settings)
 
-    def separate() -> None:
-        _, text = answer(False)
-        embedding.of(engine, Dialogue(_QUESTION, text), settings)
+        def separate() -> None:
+            _, text = answer(False)
+            embedding.of(engine, Dialogue(_QUESTION, text), settings)
 
-    def alone() -> None:
-        answer(False)
+        def alone() -> None:
+            answer(False)
 
-    for peer, function in (("E(T) by a second forward pass", separate), ("the answer alone", alone)):
-        found = versus(own, function, blocks=blocks)
-        line = timed(CHECKS, "exchange of 32 tokens", f"answer and E(T) of its own passes / {peer}", found, peer)
-        yield {**line, "settings": {**subject.facts, **line["settings"]}}
+        for peer, function in (("E(T) by a second forward pass", separate), ("the answer alone", alone)):
+            found = versus(own, function, blocks=blocks)
+            line = timed(CHECKS, case, f"answer and E(T) of its own passes / {peer}", found, peer)
+            yield {**line, "settings": {**subject.facts, **line["settings"]}}
+
+    yield from measured("exchange of 32 tokens", None)
+    yield from measured("exchange of 32 tokens, r = 8 active", ACTIVE)
 
 
 def _engine(subject: Subject) -> Engine:
