@@ -125,7 +125,7 @@ def _register_qnn(ort: ModuleType, options: Any, chosen: dict[str, str]) -> None
     """QNN is a plugin: a library that is registered by name, then a device of it."""
     name, install = PROVIDERS["qnn"].name, PROVIDERS["qnn"].install
     try:
-        import onnxruntime_qnn  # type: ignore[import-not-found, unused-ignore]
+        import onnxruntime_qnn
     except ImportError as error:
         found = f"the package {error.name} is not installed"
         raise BackendUnavailable(message("run on provider qnn", found, install)) from error
