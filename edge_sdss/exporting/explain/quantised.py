@@ -143,11 +143,13 @@ def with_outputs(model: Any, names: Mapping[str, str], topology: Topology) -> An
     onnx = library()
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
+    domains = {output: node.domain for node in model.graph.node for output in node.output}
     for name, tensor in names.items():
         made = topology.producers.get(tensor)
         if made is not None and made.op == _DEQUANTISE:
-            axis = {"axis": made.attributes["axis"]} if "axis" in made.attributes else {}
-            copy.graph.node.append(onnx.helper.make_node(_DEQUANTISE, list(made.inputs), [name], name=name, **axis))
+            own = {"axis": made.attributes["axis"]} if "axis" in made.attributes else {}
+            own["domain"] = domains[tensor]  # int16 is ONNX Runtime's own type of it in older versions
+            copy.graph.node.append(onnx.helper.make_node(_DEQUANTISE, list(made.inputs), [name], name=name, **own))
         else:
             copy.graph.node.append(onnx.helper.make_node("Identity", [tensor], [name], name=name))
         copy.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
