@@ -27,6 +27,7 @@ import results
 
 from edge_sdss import default_model, readers
 from edge_sdss.exporting import htp, npu, static_ways
+from edge_sdss.exporting.cpu import on_cpu
 from edge_sdss.exporting.qdq import Scheme
 from edge_sdss.exporting.static_decoder import Shape, sites
 from edge_sdss.exporting.static_ways import Graphs, Prefix, StaticModel
@@ -162,7 +163,7 @@ def static(work: Work, setup: str, on: str, names: Sequence[str]) -> StaticModel
     graphs = {}
     for name in names:
         file = made(work, "fp16" if setup == "float32" else setup, name, shapes[name])
-        graphs[name] = Graphs(shapes[name], (npu.on_cpu(file, 2) if on == "cpu" else htp.session(file),))
+        graphs[name] = Graphs(shapes[name], (on_cpu(file, 2) if on == "cpu" else htp.session(file),))
     return StaticModel(model.feeds, graphs.get("prefill"), graphs.get("decode"))
 
 

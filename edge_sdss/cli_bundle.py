@@ -11,7 +11,7 @@ import typer
 from edge_sdss import cli_explain, config, console, options
 from edge_sdss.errors import EdgeSdssError, InputError, message
 from edge_sdss.options import Home, Json, Model, Set, Settings
-from edge_sdss.types import Example, Turn
+from edge_sdss.types import Example
 
 if TYPE_CHECKING:
     from edge_sdss.bundles import Check, Manifest
@@ -238,11 +238,13 @@ def _of_home(home: Path, settings: config.Config) -> dict[str, Path]:
 
 def _kept(home: Path, settings: config.Config) -> list[Example]:
     """The dialogues in the home's buffer, with the answers that the user wanted; none where there is no home yet."""
+    from edge_sdss import rounds
+
     if not (home / "edge_sdss.db").is_file():
         return []
     with options.session(home, settings) as session:
-        kept = [one.dialogue for one in session.store.exemplars().values()]
-    return [Example((*d.context, Turn("user", d.prompt)), d.preferred or d.response) for d in kept if d.response]
+        found = [rounds.example_of(one, train_on_all=True) for one in session.store.exemplars().values()]
+    return [example for example in found if example is not None]
 
 
 def _probe(shelf: Shelf, adapter: Path, settings: config.Config, progress: Any) -> None:

@@ -53,8 +53,9 @@ def run(
         console.emit(document, True)
     else:
         console.note(report.verdict(found, placed))
-        for line in _evidence(document):
-            console.note(line)
+        if found.first and found.first.finding and found.first.finding.cause:
+            for line in found.first.finding.cause.evidence:
+                console.note(f"  {line}")
     console.note(f"Open {written['md']}")
     placement.check(placed, allowed)
     if any(pair.harmful for pair in found.pairs):
@@ -89,10 +90,3 @@ def _one(adapters: Mapping[str, Path]) -> Path | None:
         given = f"{', '.join(adapters)} are given"
         raise InputError(message("look at an export", given, "give one --adapter, or --base-only"))
     return next(iter(adapters.values()), None)
-
-
-def _evidence(document: Mapping[str, object]) -> list[str]:
-    stages = document["stages"]
-    assert isinstance(stages, list)
-    finding = next((stage["finding"] for stage in stages if stage["finding"]), None)
-    return [] if finding is None else [f"  {one}" for one in finding["evidence"]]

@@ -115,9 +115,10 @@ class Session:
             raise BudgetExceeded(message("open the buffer", found, "give at least as much, or forget some dialogues"))
         for slot, exemplar in kept.items():
             buffer.put(slot, exemplar)
-        if parts := self.store.memory() if selector.memory else {}:
+        parts = self.store.memory()
+        if parts and selector.memory:
             selector.recall(parts)
-        else:
+        elif parts or selector.memory:
             self.store.remember(selector.restart_memory())
         return selector
 
@@ -216,7 +217,8 @@ class Session:
             self.selector.forgotten.add(dialogue_id)
             for slot in slots:
                 self.selector.buffer.remove(slot)
-            self.store.remember(self.selector.restart_memory())
+            if self.selector.memory:
+                self.store.remember(self.selector.restart_memory())
         return stale
 
     # a round

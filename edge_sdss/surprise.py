@@ -12,8 +12,6 @@ from edge_sdss.embedding import Model
 from edge_sdss.errors import InputError
 from edge_sdss.types import Dialogue, Example
 
-KINDS = ("perplexity", "ifd")
-
 
 def of(model: Model, dialogue: Dialogue, kind: str, settings: Config) -> float:
     """Returns the value, never negative; 0 where there is no response, or it is too short to be measured.

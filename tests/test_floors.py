@@ -18,7 +18,7 @@ FLOORS = (
     {
         "store", "readers", "lexicon", "lm", "default_model", "backends", "device", "statistics", "metrics",
         "general", "sensors", "files", "tree", "boards", "jetpack", "page", "bundles", "cgroups",
-        "processes",
+        "processes", "qnn",
     },
     {
         "selection", "synthesis", "tuning", "gate", "evaluation", "report", "exporting", "runtime",

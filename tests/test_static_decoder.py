@@ -17,6 +17,7 @@ from test_exporting_fast import model
 
 from edge_sdss.errors import BackendUnavailable, ExportError, InputError
 from edge_sdss.exporting import fast_config, htp, npu, qdq, static_decoder, static_ways
+from edge_sdss.exporting.cpu import on_cpu
 from edge_sdss.exporting.fast_weights import Weights
 from edge_sdss.exporting.rounding import rounded
 from edge_sdss.exporting.static_decoder import Part, Shape
@@ -70,7 +71,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(made: npu.Model, out: Path, shape: Shape, name: str = "g", quantised: bool = True) -> Graphs:
-    return Graphs(shape, tuple(npu.on_cpu(file, 1) for file in made.write(out, name, shape, quantised=quantised)))
+    return Graphs(shape, tuple(on_cpu(file, 1) for file in made.write(out, name, shape, quantised=quantised)))
 
 
 def adapter(spec: Any, rank: int) -> dict[str, Any]:

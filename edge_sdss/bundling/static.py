@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_sdss import demo
+from edge_sdss import demo, experiment
 from edge_sdss.bundles import Graph, Manifest, Static, adapters, peft
-from edge_sdss.exporting import htp, npu, static_decoder, static_ways
+from edge_sdss.exporting import htp, npu, static_decoder, static_ways, ways
+from edge_sdss.exporting.cpu import on_cpu
 from edge_sdss.exporting.fast_config import read as read_spec
 from edge_sdss.exporting.parity import Ids, Rows
 from edge_sdss.exporting.qdq import Scheme
 from edge_sdss.exporting.static_decoder import Shape
 from edge_sdss.exporting.static_feeds import Feeds
 from edge_sdss.exporting.static_ways import Graphs, Prefix, StaticModel
-from edge_sdss.types import Example, Progress, Turn
+from edge_sdss.types import Example, Progress
 
 if TYPE_CHECKING:
     from edge_sdss.bundles.probe import Asked
@@ -37,11 +38,7 @@ Arrays = Mapping[str, Any]
 
 def calibration(chat: Chat, kept: Sequence[Example]) -> list[Ids]:
     """Returns texts, ids [n ≤ 128]: the user's kept dialogues, then packaged ones until there are 128."""
-    spare = (
-        Example((*one.context, Turn("user", one.prompt)), one.preferred or one.response)
-        for one in demo.stream().offered
-        if one.response
-    )
+    spare = experiment.held_out_examples(demo.stream().offered)
     found: list[Ids] = []
     for example in (*kept, *spare):
         if len(found) == _TEXTS:
@@ -71,14 +68,14 @@ class Maker:
         shapes = self.recipe.shapes
         rank = shapes.rank.max if shapes.rank else 0
         self.prefill = Shape(shapes.sequence.max, shapes.past.max, rank)
-        self.decode = Shape(1, shapes.past.max + shapes.sequence.max - 1, rank)
+        self.decode = self.prefill.decode
         static_decoder.check(self.model.spec, self.prefill)
 
     def float_model(self) -> StaticModel:
         """The prefill graphs in float32 on the CPU, to compare with; they lie in `aside`."""
         plain = npu.Model(self.folder, None, self.model.limit_bytes)
-        files = plain.write(self.aside, "float", Shape(self.prefill.tokens, self.prefill.past, self.prefill.rank))
-        return StaticModel(self.model.feeds, Graphs(self.prefill, tuple(npu.on_cpu(file) for file in files)), None)
+        files = plain.write(self.aside, "float", self.prefill)
+        return StaticModel(self.model.feeds, Graphs(self.prefill, tuple(on_cpu(file) for file in files)), None)
 
     def calibrate(self, texts: Sequence[Ids]) -> None:
         """Looks at what goes through the float model, where the recipe has integers."""
@@ -109,7 +106,7 @@ class Maker:
         """Float32 graphs of one token without a past, for prefixes."""
         shape = Shape(1, 0, self.prefill.rank)
         files = npu.Model(self.folder, None, self.model.limit_bytes).write(self.aside, "first", shape)
-        return Graphs(shape, tuple(npu.on_cpu(file) for file in files))
+        return Graphs(shape, tuple(on_cpu(file) for file in files))
 
     def clean(self) -> None:
         """Removes what was not to be kept."""
@@ -162,15 +159,9 @@ class StaticBundle:
         assert static is not None
         self.first, self.static = first, static
         self.feeds = Feeds(read_spec(folder), np.load(folder / static.embedding))
-        shapes = {
-            "prefill": Shape(static.tokens, static.past, static.rank),
-            "decode": Shape(1, static.past + static.tokens - 1, static.rank),
-        }
-        graphs = {
-            name: Graphs(shape, tuple(open(folder / file) for file in getattr(static, name)))
-            for name, shape in shapes.items()
-        }
-        self.model = StaticModel(self.feeds, graphs["prefill"], graphs["decode"])
+        shape = Shape(static.tokens, static.past, static.rank)
+        prefill, decode = (tuple(open(folder / file) for file in files) for files in (static.prefill, static.decode))
+        self.model = StaticModel(self.feeds, Graphs(shape, prefill), Graphs(shape.decode, decode))
         self.adapters = {
             one.name: adapters.read(folder / one.file.path, manifest.base_fingerprint) for one in manifest.adapters
         }
@@ -178,10 +169,7 @@ class StaticBundle:
 
     def logits(self, ids: Sequence[int], asked: Asked) -> Rows:
         """Returns logits [n, vocabulary] as `bundles.probe` asks for them."""
-        name, factor = (asked, 1.0) if asked is None or isinstance(asked, str) else next(iter(asked.items()))
-        arrays: Arrays = {} if name is None else self.adapters[name]
-        second = {site.lora_b for site in static_decoder.sites(self.feeds.spec)}
-        given = {key: array * np.float32(factor) if key in second else array for key, array in arrays.items()}
+        name, factor, given = ways.asked_for(asked, self.adapters, static_decoder.sites(self.feeds.spec))
         start = self._prefix(ids, name or "", factor, given)
         return self.model.logits(np.asarray(ids, np.int64), given, start)
 

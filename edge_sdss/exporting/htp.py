@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edge_sdss import qnn
 from edge_sdss.errors import BackendUnavailable, ExportError, message
 
-PROVIDER = "QNNExecutionProvider"
+PROVIDER = qnn.PROVIDER
 OPTIONS: Mapping[str, str] = {"soc_model": "57", "htp_arch": "75", "enable_htp_fp16_precision": "1"}
 """Snapdragon 8 Gen 3."""
 
@@ -41,11 +42,8 @@ def session(
     Raises BackendUnavailable where onnxruntime-qnn is not installed, ExportError where the graph cannot be compiled.
     """
     package, ort = _package()
-    if not any(device.ep_name == PROVIDER for device in ort.get_ep_devices()):
-        ort.register_execution_provider_library(PROVIDER, package.get_library_path())
-    devices = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDER][:1]
-    if not devices:
-        raise BackendUnavailable(message(f"compile {file} for the HTP", "it finds no device", "see `edge-sdss doctor`"))
+    asked = f"compile {file} for the HTP"
+    device = qnn.device(ort, package, asked)
     backend = os.path.join(os.path.dirname(package.__file__), "libQnnHtp.so")
     chosen = {"backend_path": backend, **OPTIONS, **(options or {})}
     if not os.path.isabs(chosen["backend_path"]):
@@ -59,13 +57,13 @@ def session(
         given |= {"ep.context_enable": "1", "ep.context_file_path": str(context), "ep.context_embed_mode": "0"}
     for key, value in given.items():
         set_.add_session_config_entry(key, value)
-    set_.add_provider_for_devices(devices, chosen)
+    set_.add_provider_for_devices([device], chosen)
     try:
         return ort.InferenceSession(str(file), set_)
     except Exception as error:  # its exceptions have no common class
         found = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         do = "see `edge-sdss export --explain`, or another soc_model or htp_arch in the recipe"
-        raise ExportError(message(f"compile {file} for the HTP", found, do)) from error
+        raise ExportError(message(asked, found, do)) from error
 
 
 def _package() -> tuple[Any, Any]:

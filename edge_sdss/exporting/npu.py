@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdss.errors import BackendUnavailable, message
 from edge_sdss.exporting import fast_config, qdq, static_decoder
+from edge_sdss.exporting.cpu import on_cpu
 from edge_sdss.exporting.fast_weights import Weights
 from edge_sdss.exporting.qdq import Scheme, Statistics
 from edge_sdss.exporting.rounding import Rounded
@@ -51,7 +51,10 @@ class Model:
     @property
     def parts(self) -> tuple[Part, ...]:
         """How the graphs are split. Raises ExportError where a layer is too large."""
-        bits = 16 if self.scheme is None else max(self.scheme.bits, self.scheme.head_bits or 16)
+        return self._parts(self.scheme)
+
+    def _parts(self, scheme: Scheme | None) -> tuple[Part, ...]:
+        bits = 16 if scheme is None else max(scheme.bits, scheme.head_bits or 16)
         return static_decoder.parts(self.spec, bits / 8, self.limit_bytes)
 
     def write(self, out: Path, name: str, shape: Shape, *, quantised: bool = True) -> tuple[Path, ...]:
@@ -71,11 +74,7 @@ class Model:
         `shape` has the rank of the graphs to be quantised, as a tensor's name tells whether an adapter follows. `work`
         gets the float graphs, which are gone afterwards. Raises BackendUnavailable without onnxruntime.
         """
-        scheme, self.scheme = self.scheme, None
-        try:
-            graphs, wanted = self._exposed(work, shape)
-        finally:
-            self.scheme = scheme
+        graphs, wanted = self._exposed(work, shape)
         for done, text in enumerate(texts):
             progress("calibrating", done, len(texts))
             for values, real in _steps(graphs, self.feeds, text):
@@ -89,7 +88,7 @@ class Model:
         """Float graphs that also give what calibration looks at."""
         sessions = []
         wanted: dict[str, bool] = {}
-        for number, part in enumerate(self.parts):
+        for number, part in enumerate(self._parts(None)):
             made = static_decoder.build(self.spec, self.weights, shape, part)
             own = qdq.wanted(made)
             qdq.expose(made, own)
@@ -107,22 +106,10 @@ def save(made: ir.Model, out: Path, name: str) -> Path:
     return out / f"{name}.onnx"
 
 
-def on_cpu(file: Path, threads: int = 0) -> Any:
-    """Opens a graph on ONNX Runtime's CPU provider. Raises BackendUnavailable without onnxruntime."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        do = "run `pip install 'edge_sdss[export]'`"
-        raise BackendUnavailable(message("run a graph", "onnxruntime is not installed", do)) from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-
-
 def _steps(graphs: Graphs, feeds: Feeds, text: Ids) -> Iterator[tuple[dict[str, npt.NDArray[Any]], slice]]:
     """Prefills a text and yields all values of each step, with which of its tokens are real and not the first."""
     shape = graphs.shape
-    cache, base = feeds.cache(shape.past + shape.tokens), feeds.adapter({}, shape.rank) if shape.rank else {}
+    cache, base = feeds.cache(shape.past + shape.tokens), feeds.adapter({}, shape.rank)
     for at in range(0, min(len(text), shape.past + shape.tokens), shape.tokens):
         ids = text[at : at + shape.tokens]
         values = graphs.run({**feeds.step(ids, at, cache, shape), **base})

@@ -6,7 +6,6 @@ device yet. Knows nothing of what the graph computes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_sdss import files
 from edge_sdss.errors import ExportError, InputError, message
 from edge_sdss.exporting import htp
 from edge_sdss.exporting.explain import measure
@@ -59,7 +59,7 @@ def write(
         device = {name: value for name, value in options.items() if name != "backend_path"}
         told = {"options": device, "binary": binary, "cases": cases, "expected": "the float32 graph on a processor"}
         told["sha256"] = {
-            str(file.relative_to(out)): _sha256(file) for file in sorted(out.rglob("*")) if file.is_file()
+            str(file.relative_to(out)): files.sha256(file) for file in sorted(out.rglob("*")) if file.is_file()
         }
         (out / "cases.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
@@ -107,11 +107,3 @@ def _programs(out: Path, binary: str) -> None:
     text = (_PROGRAMS / "run.sh.in").read_text(encoding="utf-8").replace("@binary@", binary)
     (out / "run.sh").write_text(text, encoding="utf-8")
     (out / "run.sh").chmod(0o755)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        for part in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(part)
-    return digest.hexdigest()

@@ -41,6 +41,11 @@ class Shape:
     past: int
     rank: int = 0
 
+    @property
+    def decode(self) -> Shape:
+        """That of one token with as many slots in all."""
+        return Shape(1, self.past + self.tokens - 1, self.rank)
+
 
 @dataclass(frozen=True, slots=True)
 class Part:

@@ -65,9 +65,12 @@ class Feeds:
                 cache[f"layers.{layer}.attn.past_{what}"][:, :, position : position + count] = new
 
     def adapter(self, arrays: Mapping[str, Floats], rank: int) -> dict[str, Floats]:
-        """Returns all LoRA inputs for an adapter of at most this rank; without arrays, those of the base model."""
+        """Returns all LoRA inputs for an adapter of at most this rank; without arrays, those of the base model.
+
+        A graph of rank 0 has none.
+        """
         found: dict[str, Floats] = {}
-        for site in sites(self.spec):
+        for site in sites(self.spec) if rank else ():
             found |= padded(site, arrays, rank)
         return found
 

@@ -128,13 +128,13 @@ class StaticModel:
 
     def _lora(self, graphs: Graphs | None, adapter: Mapping[str, Floats] | None) -> dict[str, Floats]:
         assert graphs is not None
-        return self.feeds.adapter(adapter or {}, graphs.shape.rank) if graphs.shape.rank else {}
+        return self.feeds.adapter(adapter or {}, graphs.shape.rank)
 
 
 def prefix(first: Graphs, feeds: Feeds, ids: Sequence[int], adapter: Mapping[str, Floats] | None = None) -> Prefix:
     """Returns the keys and values of the first tokens by graphs in float32, of which one call takes all."""
     cache = feeds.cache(first.shape.past + first.shape.tokens)
-    lora = feeds.adapter(adapter or {}, first.shape.rank) if first.shape.rank else {}
+    lora = feeds.adapter(adapter or {}, first.shape.rank)
     outputs = first.run({**feeds.step(list(ids), 0, cache, first.shape), **lora})
     feeds.keep(outputs, cache, 0, len(ids))
     kept = {name: array[:, :, : len(ids)].copy() for name, array in cache.items()}

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdss.bundles import Graph, probe
+from edge_sdss.bundles import Graph, Site, probe
 from edge_sdss.errors import BackendUnavailable, InputError, message
+from edge_sdss.exporting.cpu import on_cpu
 from edge_sdss.exporting.parity import Ids, Logits, Rows
 
 Adapter = Mapping[str, npt.NDArray[Any]]
@@ -44,6 +45,17 @@ def of_peft(model: Any) -> probe.Logits:
     return logits
 
 
+def asked_for(
+    asked: probe.Asked, adapters: Mapping[str, Adapter], sites: Sequence[Site]
+) -> tuple[str | None, float, Adapter]:
+    """Returns the name and the factor of the adapter that is asked for, and its arrays with the factor in them."""
+    if asked is None:
+        return None, 1.0, {}
+    (name,), factor = [asked] if isinstance(asked, str) else asked, _factor(asked)
+    second = {site.lora_b for site in sites}
+    return name, factor, {key: a * factor if key in second else a for key, a in adapters[name].items()}
+
+
 def _factor(asked: probe.Asked) -> float:
     return 1.0 if asked is None or isinstance(asked, str) else next(iter(asked.values()))
 
@@ -70,17 +82,9 @@ class GraphModel:
 
     def __init__(self, folder: Path, graph: Graph, *, threads: int = 1) -> None:
         try:
-            import onnxruntime
-        except ImportError as error:
-            found = "the package onnxruntime is not installed"
-            raise BackendUnavailable(message("run a graph", found, "run `pip install 'edge_sdss[export]'`")) from error
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # it warns of each adapter input
-        try:
-            self.session = onnxruntime.InferenceSession(
-                str(folder / graph.file), options, providers=["CPUExecutionProvider"]
-            )
+            self.session = on_cpu(folder / graph.file, threads)
+        except BackendUnavailable:
+            raise
         except Exception as error:  # its exceptions have no common base but Exception
             found = str(error).splitlines()[0]
             raise InputError(message(f"load {folder / graph.file}", found, "export the model again")) from error
@@ -92,14 +96,10 @@ class GraphModel:
 
     def with_adapters(self, adapters: Mapping[str, Adapter]) -> probe.Logits:
         """Returns (ids, what is asked for) -> logits, as `bundles.checks` wants them, adapters given as inputs."""
-        second = {site.lora_b for site in self.graph.sites}
 
         def logits(ids: Sequence[int], asked: probe.Asked) -> Rows:
-            given = None
-            if asked is not None:
-                (name,), factor = [asked] if isinstance(asked, str) else asked, _factor(asked)
-                given = {key: a * factor if key in second else a for key, a in adapters[name].items()}
-            return self.logits(np.asarray(ids, np.int64), given)
+            _, _, given = asked_for(asked, adapters, self.graph.sites)
+            return self.logits(np.asarray(ids, np.int64), None if asked is None else given)
 
         return logits
 

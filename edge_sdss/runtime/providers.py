@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from edge_sdss import qnn
 from edge_sdss.bundles import Manifest
 from edge_sdss.errors import BackendUnavailable, ConfigError, InputError, message
 
@@ -123,15 +124,10 @@ def _session(file: Path, manifest: Manifest, key: str, threads: int | None) -> A
 
 def _register_qnn(ort: ModuleType, options: Any, chosen: dict[str, str]) -> None:
     """QNN is a plugin: a library that is registered by name, then a device of it."""
-    name, install = PROVIDERS["qnn"].name, PROVIDERS["qnn"].install
+    asked = "run on provider qnn"
     try:
         import onnxruntime_qnn
     except ImportError as error:
         found = f"the package {error.name} is not installed"
-        raise BackendUnavailable(message("run on provider qnn", found, install)) from error
-    if not any(device.ep_name == name for device in ort.get_ep_devices()):
-        ort.register_execution_provider_library(name, onnxruntime_qnn.get_library_path())
-    devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
-    if not devices:
-        raise BackendUnavailable(message("run on provider qnn", "it finds no device", "see `edge-sdss doctor`"))
-    options.add_provider_for_devices(devices[:1], chosen)
+        raise BackendUnavailable(message(asked, found, PROVIDERS["qnn"].install)) from error
+    options.add_provider_for_devices([qnn.device(ort, onnxruntime_qnn, asked)], chosen)

@@ -10,6 +10,7 @@ from pathlib import Path
 from edge_sdss.bundles import Manifest
 from edge_sdss.runtime import providers
 from edge_sdss.runtime.lane import Loaded
+from edge_sdss.runtime.providers import Opened
 
 
 class Sessions:
@@ -21,7 +22,9 @@ class Sessions:
     def __init__(self, folder: Path, manifest: Manifest, asked: str, threads: int | None) -> None:
         self._folder, self._manifest, self._threads = folder, manifest, threads
         self._whole = not manifest.graph.plain or manifest.active is not None
-        self._loaded: Loaded | None = self._open(asked)
+        opened = self._open(asked)
+        self.provider, self.reason = opened.provider, opened.reason
+        self._loaded: Loaded | None = self._of(opened)
 
     def would_change(self, *, adapters: bool) -> bool:
         """Whether `loaded` would open another session: what holds the one before keeps its weights in memory."""
@@ -35,7 +38,7 @@ class Sessions:
         if self.would_change(adapters=adapters):
             self._loaded, self._whole = None, True
         if self._loaded is None:
-            self._loaded = self._open(self.provider)
+            self._loaded = self._of(self._open(self.provider))
         return self._loaded
 
     @property
@@ -43,10 +46,10 @@ class Sessions:
         """ "cpu" or "cuda"."""
         return self.loaded(adapters=False).device
 
-    def _open(self, asked: str) -> Loaded:
+    def _open(self, asked: str) -> Opened:
         graph = self._manifest.graph
         file = graph.file if self._whole or not graph.plain else graph.plain
-        opened = providers.open_session(self._folder / file, self._manifest, asked, self._threads)
-        if not hasattr(self, "provider"):
-            self.provider, self.reason = opened.provider, opened.reason
+        return providers.open_session(self._folder / file, self._manifest, asked, self._threads)
+
+    def _of(self, opened: Opened) -> Loaded:
         return Loaded.of(opened.session, self._manifest, opened.device, adapters=self._whole)

@@ -106,10 +106,10 @@ class Buffer:
         gone = set(without)
         return next(slot for slot in range(self.bins) if slot not in self.entries or slot in gone)
 
-    def below(self, value: float) -> npt.NDArray[np.int64]:
-        """The bins of lower value, the lowest first; the oldest of equals."""
-        used = self.used[self.value[self.used] < value]
-        return used[np.lexsort((self.seq[used], self.value[used]))]
+    def below(self, values: npt.NDArray[Any], bound: float) -> npt.NDArray[np.int64]:
+        """The bins whose entry in `values` [bins] is below `bound`, the lowest first; the oldest of equals."""
+        used = self.used[values[self.used] < bound]
+        return used[np.lexsort((self.seq[used], values[used]))]
 
     def put(self, slot: int, exemplar: Exemplar) -> None:
         """Fills a free bin."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from edge_sdss.errors import BackendUnavailable, InputError, message
+from edge_sdss.errors import InputError, message
+from edge_sdss.exporting import cpu
 from edge_sdss.exporting.explain.graph import Array, library
 from edge_sdss.exporting.explain.quantised import Quantisation, Quantised, with_outputs
 
@@ -116,15 +117,7 @@ def of_torch(
 
 def on_cpu(file: Path) -> Any:
     """Opens a graph on the CPU provider as it stands, no node fused or folded."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        do = "run `pip install 'edge_sdss[export]'`"
-        raise BackendUnavailable(message("run a graph", "the package onnxruntime is not installed", do)) from error
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return cpu.on_cpu(file, as_written=True)
 
 
 def _called(tensor: str, graph: Quantised) -> str:

@@ -3,7 +3,7 @@
 A policy is a module with
     replaceable(candidate, buffer) -> the bins that may be emptied for it, the first choice first; none: drop it
     KEPT, DROPPED                  -> the reason given in words
-    ASKS = "perplexity"            -> only where it needs `candidate.value`, of `surprise.KINDS`
+    ASKS = "perplexity"            -> only where it needs `candidate.value`, see `surprise.of`
     REMEMBERS = True               -> only where it needs `candidate.memory`, of the stream beyond the buffer
 The selector empties as many of them, in that order, as both budgets ask for.
 """

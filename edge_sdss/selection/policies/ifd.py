@@ -16,4 +16,4 @@ DROPPED = "no entry's prompt says more of its response"
 
 def replaceable(candidate: Candidate, buffer: Buffer) -> Slots:
     """The entries of lower value, the lowest first; the oldest of equals."""
-    return buffer.below(candidate.value)
+    return buffer.below(buffer.value, candidate.value)

@@ -19,4 +19,4 @@ DROPPED = "no entry has a less surprising response"
 
 def replaceable(candidate: Candidate, buffer: Buffer) -> Slots:
     """The entries of lower value, the lowest first; the oldest of equals."""
-    return buffer.below(candidate.value)
+    return buffer.below(buffer.value, candidate.value)
