@@ -109,7 +109,7 @@ class Session:
         if not same or self.store.meta("values") != selector.asks:
             self._value_anew(selector.asks)
         kept = self.store.exemplars()
-        size = sum(entry_bytes(e.dialogue, len(e.vector), e.annotation) for e in kept.values())
+        size = buffer.reserved + sum(entry_bytes(e.dialogue, len(e.vector), e.annotation) for e in kept.values())
         if max(kept, default=-1) >= buffer.bins or size > buffer.max_bytes:
             found = f"bin {max(kept) + 1} of {buffer.bins} is used, {size:,} of {buffer.max_bytes:,} bytes"
             raise BudgetExceeded(message("open the buffer", found, "give at least as much, or forget some dialogues"))

@@ -17,13 +17,14 @@ pytest.importorskip("onnx_ir")
 import talk
 from test_export import adapter
 
-from edge_sdss import bundles, bundling, cli
+from edge_sdss import bundles, bundling, cli, cli_bundle
 from edge_sdss.bundles import probe, recipes
 from edge_sdss.bundles.shelf import Shelf
 from edge_sdss.bundling import probing
 from edge_sdss.lm import CARD
 from edge_sdss.runtime import Engine
 from edge_sdss.session import Session
+from edge_sdss.types import Annotation
 
 
 @pytest.fixture
@@ -66,6 +67,18 @@ def refused(found: tuple[Any, str, str]) -> str:
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
     return err
+
+
+def test_calibration_gets_the_answers_that_the_user_wanted(tiny: Path, home: Path) -> None:
+    settings = talk.settings(tiny)
+    assert cli_bundle._kept(home, settings) == []
+    with Session(home, settings) as session:
+        list(session.observe_all(talk.dialogues(6)))
+        edited, skipped, *silent = session.store.exemplars().values()
+        session.annotate(edited.dialogue.id, Annotation("edit", "as I want it"))
+        session.annotate(skipped.dialogue.id, Annotation("skip"))
+    found = {one.dialogue_id: one.answer for one in cli_bundle._kept(home, settings)}
+    assert found == {edited.dialogue.id: "as I want it"} | {e.dialogue.id: e.dialogue.response for e in silent}
 
 
 def test_from_export_to_rollback(call: Any, tiny: Path, mine: Path, home: Path) -> None:

@@ -83,6 +83,15 @@ def test_what_a_policy_remembers_goes_on_too_and_begins_anew_after_forgetting(op
     assert opened("parts", **chosen).selector.memory.count == 4
 
 
+def test_a_memory_that_no_longer_fits_beside_what_is_kept_is_refused(opened):
+    session = opened(buffer={"bins": 40})
+    observed(session, 40)
+    tight = {"bins": 40, "max_bytes": session.selector.buffer.bytes + 100}
+    opened(buffer=tight).selector  # noqa: B018
+    with pytest.raises(BudgetExceeded, match="open the buffer"):
+        opened(buffer=tight, selection={"policy": "herding"}).selector  # noqa: B018
+
+
 def test_what_is_kept_is_measured_when_a_policy_asks_for_it(opened, lm):
     session = opened(buffer={"bins": 6})
     observed(session, 8)
