@@ -125,6 +125,7 @@ def phone_folder(
 
     Raises as `explain_export`, and what `exporting.phone.write` raises.
     """
+    phone.check_new(out)  # before minutes of work
     with _built(settings, recipe, graph, adapter, kept, progress) as built:
         feeds = list(built.texts.compared())
         progress("compiling for the phone", 0, 1)

@@ -42,8 +42,7 @@ def write(
     Raises InputError where it is not, or cannot be written; ExportError where the graph cannot be compiled, or what the
     emulation gives is no number; BackendUnavailable without onnxruntime-qnn.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(message(f"write {out}", "something is there", "name a new folder"))
+    check_new(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         session = htp.session(graph, options, context=out / "model.onnx")
@@ -65,6 +64,12 @@ def write(
     except OSError as error:
         raise InputError(message(f"write {out}", error.strerror or "failed", "free space")) from error
     return out
+
+
+def check_new(out: Path) -> None:
+    """Raises InputError where `out` is neither new nor an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(message(f"write {out}", "something is there", "name a new folder"))
 
 
 def _case(
