@@ -16,11 +16,12 @@ transformers = pytest.importorskip("transformers")
 from test_exporting_fast import model
 
 from edge_sdss.errors import BackendUnavailable, ExportError, InputError
-from edge_sdss.exporting import fast_config, htp, npu, qdq, static_decoder, static_ways
+from edge_sdss.exporting import fast_config, htp, npu, qdq, static_decoder, static_ways, ways
 from edge_sdss.exporting.cpu import on_cpu
+from edge_sdss.exporting.explain import stages
 from edge_sdss.exporting.fast_weights import Weights
 from edge_sdss.exporting.rounding import rounded
-from edge_sdss.exporting.static_decoder import Part, Shape
+from edge_sdss.exporting.static_decoder import Part, Shape, sites
 from edge_sdss.exporting.static_feeds import Feeds
 from edge_sdss.exporting.static_ways import Graphs, StaticModel
 
@@ -264,3 +265,33 @@ def test_a_node_that_the_htp_lacks_is_an_error_unless_it_may_fall_back(tmp_path:
     with pytest.raises(ExportError, match=r"compile .*g\.onnx for the HTP"):
         htp.session(tmp_path / "g.onnx")
     assert htp.session(tmp_path / "g.onnx", fallback=True)
+
+
+def test_decoding_has_as_many_slots_as_prefilling() -> None:
+    prefill = Shape(32, 512, 8)
+    assert prefill.decode.tokens == 1
+    assert prefill.decode.past + 1 == prefill.past + prefill.tokens
+    assert prefill.decode.rank == prefill.rank
+
+
+def test_a_factor_is_in_the_second_matrix_alone(llama: Path) -> None:
+    one, *_ = sites(fast_config.read(llama))
+    arrays = {one.lora_a: np.ones((one.inputs, 2), np.float32), one.lora_b: np.ones((2, one.outputs), np.float32)}
+    known = {"mine": arrays, "other": {}}
+    for asked, name, factor in ((None, None, 1.0), ("mine", "mine", 1.0), ({"mine": 0.25}, "mine", 0.25)):
+        found, scale, given = ways.asked_for(asked, known, [one])
+        assert (found, scale) == (name, factor)
+        assert set(given) == (set(arrays) if name else set())
+        for key, array in given.items():
+            assert array == pytest.approx(factor if key == one.lora_b else 1.0)
+
+
+def test_a_graph_is_opened_as_written_where_it_is_looked_into(tmp_path: Path, llama: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    (file,) = npu.Model(llama).write(tmp_path, "float", Shape(2, 0))
+    levels = {on_cpu(file, 1, as_written=how).get_session_options().graph_optimization_level for how in (True, False)}
+    assert levels == {
+        onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    }  # fmt: skip
+    looked_into = stages.on_cpu(file).get_session_options().graph_optimization_level
+    assert looked_into == onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
