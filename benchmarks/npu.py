@@ -42,15 +42,15 @@ SETS = (
 RANK = 8
 PREFILL, DECODE = Shape(64, 64, RANK), Shape(1, 95, RANK)
 LENGTH, NEW, PER_SET = 128, 32, 3
-CALIBRATION, UNSEEN = 12, 400
+CALIBRATION, UNSEEN = 24, 400
 """Dialogues of each set for calibration, from its beginning, and from which one on others are measured on."""
 
 SETUPS: dict[str, Scheme | None] = {
     "fp16": None,
     "fp16, first token as a prefix": None,
-    "A16W8": Scheme(bits=8, head_bits=8),
-    "A16W8, float head": Scheme(bits=8, head_bits=None),
-    "A16W4, head of 8 bits": Scheme(bits=4, head_bits=8),
+    "A16W8, two float layers": Scheme(bits=8, head_bits=8, float_layers=2),
+    "A16W8, two float layers, float head": Scheme(bits=8, head_bits=None, float_layers=2),
+    "A16W4, two float layers, head of 8 bits": Scheme(bits=4, head_bits=8, float_layers=2),
 }
 Rows = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -103,7 +103,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--work", type=Path, required=True, help="folder for parts; give it again to go on")
-    parser.add_argument("--setups", default="fp16;A16W8", help=f"some of {'; '.join(SETUPS)}")
+    parser.add_argument(
+        "--setups", default="fp16, first token as a prefix;A16W8, two float layers", help=f"some of {'; '.join(SETUPS)}"
+    )
     parser.add_argument("--only", default="prefill,adapters,context,greedy", help="which parts")
     parser.add_argument("--texts", type=int, default=10, help=f"of {LENGTH} tokens, {4 * PER_SET} at most")
     parser.add_argument("--prompts", type=int, default=10)

@@ -28,10 +28,10 @@ from edge_sdss.types import Example, Turn
 
 
 def small(name: str) -> recipes.Recipe:
-    """The recipe with a cache that a tiny model fills."""
+    """The recipe with a cache that a tiny model fills, and all of its layers quantised."""
     found = recipes.load(name)
     past = Extent(min=96, opt=96, max=96)
-    return found.model_copy(update={"shapes": found.shapes.model_copy(update={"past": past})})
+    return found.model_copy(update={"shapes": found.shapes.model_copy(update={"past": past}), "float_layers": 0})
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +65,7 @@ def test_a_bundle_from_the_model_to_the_emulated_htp(name: str, model: Path, tmp
     assert values["adapter a", "|effect| / |expected|"] == pytest.approx(1, abs=0.1)
     assert not [path for path in out.rglob("*") if path.name.startswith(".")]
     again = static.StaticBundle(out, found, htp.session)  # what a device has: no float graph
-    ids = again.prefixes[""].ids[0] if again.prefixes else 1
-    text = np.array([ids, *range(20, 60)])
+    text = np.array([again.prefixes[""].ids[0], *range(20, 60)])
     lm = LanguageModel.load(config.Model(name=str(model), device="cpu"))
     with torch.no_grad():
         base = lm.model(torch.from_numpy(text[None])).logits[0].numpy()
@@ -105,6 +104,12 @@ def test_a_recipe_of_static_graphs_agrees_with_itself(change: dict[str, Any]) ->
     nested = {**stated["shapes"], **change.pop("shapes")} if "shapes" in change else stated["shapes"]
     with pytest.raises(ValueError, match=r"route|block_size"):
         recipes.Recipe.model_validate({**stated, "shapes": nested, **change})
+
+
+def test_float_layers_are_for_static_graphs() -> None:
+    stated = recipes.load("onnxruntime-cpu").model_dump()
+    with pytest.raises(ValueError, match="float_layers are for the route static"):
+        recipes.Recipe.model_validate({**stated, "float_layers": 2})
 
 
 def test_a_graph_that_is_not_static_is_noted() -> None:

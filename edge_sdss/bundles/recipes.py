@@ -89,6 +89,7 @@ class Recipe(_Record):
     precision: Precision
     block_size: int | None = Field(None, gt=0, description="weights that share a scale")
     head_precision: Literal["float16", "int8"] | None = Field(None, description="as `precision` where absent")
+    float_layers: int = Field(0, ge=0, description="the first layers of static graphs, which are not quantised")
     part_bytes: int | None = Field(None, gt=0, description="of one static graph's weights: beyond, it is split")
     kv_cache: KvCache
     kv_dtype: Literal["float32", "float16"] = "float32"
@@ -118,8 +119,8 @@ class Recipe(_Record):
             raise ValueError("a provider is named twice")
         if self.shapes.static and self.shapes.past.opt != self.shapes.past.max:
             raise ValueError("with static shapes, past.opt is past.max")
-        if self.head_precision is not None and self.route != "static":
-            raise ValueError("head_precision is for the route static")
+        if (self.head_precision is not None or self.float_layers) and self.route != "static":
+            raise ValueError("head_precision and float_layers are for the route static")
         return self
 
 

@@ -165,7 +165,7 @@ def _built(
             maker.calibrate(static.calibration(chat, kept))
             (quantised,) = maker.model.write(maker.aside, "qdq", shape)
         lora = _lora(spec, adapter, shape.rank)
-        feeds = _Texts(maker.model.feeds, shape, lora, model.eval(), texts(chat), with_first=quantised is None)
+        feeds = _Texts(maker.model.feeds, shape, lora, model.eval(), texts(chat))
         yield _Built(spec, shape, feeds, float_graph, quantised)
 
 
@@ -182,30 +182,25 @@ def _opener(recipe: Recipe, *, fallback: bool = False) -> Callable[..., Any]:
 class _Texts:
     """Feeds of everyday texts: the beginning, and what follows it behind a cache, which torch filled.
 
-    Without `with_first` the first token is in the cache in either case: calibration leaves it out, as its activations
-    are beyond all others', and it enters a quantised graph as a prefix.
+    The first token is in the cache in either case, as a bundle has it as a prefix.
     """
 
-    def __init__(
-        self, feeds: Feeds, shape: Shape, lora: dict[str, Floats], model: Any, ids: Sequence[Ids], *, with_first: bool
-    ) -> None:
+    def __init__(self, feeds: Feeds, shape: Shape, lora: dict[str, Floats], model: Any, ids: Sequence[Ids]) -> None:
         self.feeds, self.shape, self.lora, self.model = feeds, shape, lora, model
-        self.ids, self.with_first = np.concatenate(ids), with_first
+        self.ids = np.concatenate(ids)
 
     def compared(self) -> Iterator[dict[str, Any]]:
         """A prompt's beginning and, where there is a cache, what follows it."""
         tokens, ids = self.shape.tokens, self.ids
-        first = 0 if self.with_first else 1
-        yield self._feed(ids[:first], ids[first : first + tokens])
+        yield self._feed(ids[:1], ids[1 : 1 + tokens])
         before = min(self.shape.past, max(tokens, 8) + 1)  # no multiple of anything, so that a shifted slot is seen
-        if before > first and len(ids) >= before + tokens:
+        if before > 1 and len(ids) >= before + tokens:
             yield self._feed(ids[:before], ids[before : before + tokens])
 
     def _feed(self, before: Any, ids: Any) -> dict[str, Any]:
         cache = self.feeds.cache(self.shape.past)
-        if len(before):
-            filled = _present(_call(self.model, before, None, self.feeds.spec, self.lora), self.feeds.spec)
-            self.feeds.keep(filled, cache, 0, len(before))
+        filled = _present(_call(self.model, before, None, self.feeds.spec, self.lora), self.feeds.spec)
+        self.feeds.keep(filled, cache, 0, len(before))
         feed = self.feeds.step(ids, len(before), cache, self.shape)
         return {**feed, **self.lora, _IDS: np.asarray(ids), _BEFORE: np.asarray(before)}
 
@@ -222,7 +217,7 @@ def _of_torch(built: _Built) -> explain.Stage:
     def call(feeds: StageFeeds) -> Mapping[str, Any]:
         adapter = {name: feeds[name] for name in lora}
         before, ids = feeds[_BEFORE], feeds[_IDS]
-        past = _call(model, before, None, spec, adapter).past_key_values if len(before) else None
+        past = _call(model, before, None, spec, adapter).past_key_values
         made = _call(model, ids, past, spec, adapter)
         cache = {name: array[:, :, -len(ids) :] for name, array in _present(made, spec, numpy=False).items()}
         return {"logits": made.logits, **cache}
@@ -265,15 +260,12 @@ def _lora(spec: Spec, adapter: Path | None, rank: int) -> dict[str, Floats]:
     found: dict[str, Floats] = {}
     if not rank:
         return found
-    draw = np.random.default_rng(_SEED)
-    known = peft.read(adapter).modules if adapter else None
+    if adapter is None:
+        return static_decoder.drawn(spec, rank, _SEED, _EFFECT)
+    known = peft.read(adapter).modules
     for site in static_decoder.sites(spec):
         arrays: dict[str, Floats] = {}
-        if known is None:
-            a = draw.normal(0, site.inputs**-0.5, (site.inputs, rank))
-            b = draw.normal(0, _EFFECT * rank**-0.5, (rank, site.outputs))
-            arrays = {site.lora_a: a.astype(np.float32), site.lora_b: b.astype(np.float32)}
-        elif site.module in known:
+        if site.module in known:
             arrays = {site.lora_a: known[site.module].a, site.lora_b: known[site.module].b}
         found |= static_decoder.padded(site, arrays, rank)
     return found

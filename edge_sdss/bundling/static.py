@@ -62,7 +62,11 @@ class Maker:
         precision, head = self.recipe.precision, self.recipe.head_precision
         scheme = None
         if precision in ("int8", "int4"):
-            scheme = Scheme(bits=8 if precision == "int8" else 4, head_bits=None if head == "float16" else 8)
+            scheme = Scheme(
+                bits=8 if precision == "int8" else 4,
+                head_bits=None if head == "float16" else 8,
+                float_layers=self.recipe.float_layers,
+            )
         limit = self.recipe.part_bytes or npu.LIMIT_BYTES
         self.model, self.aside = npu.Model(self.folder, scheme, limit), self.staged / ".aside"
         shapes = self.recipe.shapes
@@ -91,10 +95,7 @@ class Maker:
             names[name] = tuple(self._compiled(file) for file in self.model.write(self.aside, name, shape))
         self.progress("compiling for the HTP", 2, 2)
         np.save(self.staged / "embedding.npy", self.model.feeds.embedding.astype(np.float16))
-        graph = self._graph(names)
-        if self.model.scheme is None:
-            return graph
-        first = self.first()
+        graph, first = self._graph(names), self.first()
         prefix = {"": self._prefix(first, "base", int(texts[0][0]), {})}
         for name, source in given.items():
             arrays = adapters.pack(peft.read(source), graph)

@@ -5,7 +5,7 @@ Both graphs share the rounded weights. Knows no provider, no bundle and no token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdss.exporting import fast_config, qdq, static_decoder
+from edge_sdss.exporting.blocks import Floats
 from edge_sdss.exporting.cpu import on_cpu
 from edge_sdss.exporting.fast_weights import Weights
 from edge_sdss.exporting.qdq import Scheme, Statistics
@@ -32,6 +33,8 @@ Open = Callable[[Path], Any]
 LIMIT_BYTES = 1_500_000_000
 """Of one part's weights. An HTP context has 32-bit addresses, of which the binary, its activations and the KV cache
 have to share less than 4 GB; measured is only that 270 MB fit."""
+DRAWN_EFFECT = 1 / 3
+"""Of the adapters in calibration, on each linear: more than training makes of one."""
 
 
 @dataclass
@@ -68,16 +71,19 @@ class Model:
         return tuple(written)
 
     def calibrate(self, texts: Sequence[Ids], shape: Shape, work: Path, *, progress: Progress = no_progress) -> None:
-        """Runs the float graphs over `texts`, ids [n] each, in the base model, and keeps what was seen in `statistics`.
+        """Runs the float graphs over `texts`, ids [n] each, and keeps what was seen in `statistics`.
 
-        The first token of a text is left out: its activations are beyond all others', and it enters as a `Prefix`.
+        Every second text goes through the model with another random adapter: its own would be known too late. The first
+        token of a text is left out: its activations are beyond all others', and it enters as a `Prefix`.
         `shape` has the rank of the graphs to be quantised, as a tensor's name tells whether an adapter follows. `work`
         gets the float graphs, which are gone afterwards. Raises BackendUnavailable without onnxruntime.
         """
         graphs, wanted = self._exposed(work, shape)
         for done, text in enumerate(texts):
             progress("calibrating", done, len(texts))
-            for values, real in _steps(graphs, self.feeds, text):
+            odd = shape.rank and done % 2
+            given = static_decoder.drawn(self.spec, shape.rank, seed=done, effect=DRAWN_EFFECT) if odd else {}
+            for values, real in _steps(graphs, self.feeds, text, given):
                 for tensor, gram in wanted.items():
                     self.statistics.add(tensor, values[tensor][..., real, :], gram=gram)
         progress("calibrating", len(texts), len(texts))
@@ -106,12 +112,14 @@ def save(made: ir.Model, out: Path, name: str) -> Path:
     return out / f"{name}.onnx"
 
 
-def _steps(graphs: Graphs, feeds: Feeds, text: Ids) -> Iterator[tuple[dict[str, npt.NDArray[Any]], slice]]:
+def _steps(
+    graphs: Graphs, feeds: Feeds, text: Ids, given: Mapping[str, Floats]
+) -> Iterator[tuple[dict[str, npt.NDArray[Any]], slice]]:
     """Prefills a text and yields all values of each step, with which of its tokens are real and not the first."""
     shape = graphs.shape
-    cache, base = feeds.cache(shape.past + shape.tokens), feeds.adapter({}, shape.rank)
+    cache, lora = feeds.cache(shape.past + shape.tokens), feeds.adapter(given, shape.rank)
     for at in range(0, min(len(text), shape.past + shape.tokens), shape.tokens):
         ids = text[at : at + shape.tokens]
-        values = graphs.run({**feeds.step(ids, at, cache, shape), **base})
+        values = graphs.run({**feeds.step(ids, at, cache, shape), **lora})
         feeds.keep(values, cache, at, len(ids))
         yield values, slice(0 if at else 1, len(ids))

@@ -24,12 +24,13 @@ _TOP = 32767  # of symmetric int16
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """`bits` of the layers' weights; those of the head, None: it stays in float. `headroom`: how many times the range
-    seen in calibration fits, as adapters move activations; it costs a bit of 16."""
+    """`bits` of the layers' weights and of the head's; None: it stays in float, as do the first `float_layers`, whose
+    errors would grow through all others. `headroom`: how many times the range seen in calibration fits."""
 
     bits: Literal[4, 8] = 8
     head_bits: Literal[4, 8] | None = 8
-    headroom: float = 2.0
+    float_layers: int = 0
+    headroom: float = 1.25
 
 
 @dataclass
@@ -86,10 +87,18 @@ def quantise(model: ir.Model, statistics: Statistics, scheme: Scheme, codes: dic
     """
     writer = _Quantiser(model, statistics, scheme, {} if codes is None else codes)
     for node in products(model):
-        bits = scheme.head_bits if _name(node.inputs[1]) == "head.weight" else scheme.bits
+        bits = _bits(_name(node.inputs[1]), scheme)
         if bits is not None:
             writer.product(node, bits)
     writer.finish()
+
+
+def _bits(weight: str, scheme: Scheme) -> int | None:
+    """Those of a weight by its name, such as layers.3.attn.q.weight; None: it stays in float."""
+    first, layer, *_ = weight.split(".")
+    if first != "layers":
+        return scheme.head_bits
+    return scheme.bits if int(layer) >= scheme.float_layers else None
 
 
 class _Quantiser:

@@ -155,6 +155,15 @@ def padded(site: Site, arrays: Mapping[str, Floats], rank: int) -> dict[str, Flo
     return {site.lora_a: a, site.lora_b: b}
 
 
+def drawn(spec: Spec, rank: int, seed: int, effect: float) -> dict[str, Floats]:
+    """Returns a random adapter, by the names of the inputs: entries ~ N(0, 1) become changes ~ N(0, effect²)."""
+    draws, found = np.random.default_rng(seed), {}
+    for site in sites(spec):
+        found[site.lora_a] = draws.normal(0, site.inputs**-0.5, (site.inputs, rank)).astype(np.float32)
+        found[site.lora_b] = draws.normal(0, effect * rank**-0.5, (rank, site.outputs)).astype(np.float32)
+    return found
+
+
 class _Writer:
     """Writes one part into a net."""
 
