@@ -40,6 +40,7 @@ SETS = (
     "dolly/dolly_3k.json",
 )  # fmt: skip
 RANK = 8
+RANKS = (RANK, RANK // 2, RANK, RANK // 2)
 PREFILL, DECODE = Shape(64, 64, RANK), Shape(1, 95, RANK)
 LENGTH, NEW, PER_SET = 128, 32, 3
 CALIBRATION, UNSEEN = 24, 400
@@ -48,9 +49,9 @@ CALIBRATION, UNSEEN = 24, 400
 SETUPS: dict[str, Scheme | None] = {
     "fp16": None,
     "fp16, first token as a prefix": None,
-    "A16W8, two float layers": Scheme(bits=8, head_bits=8, float_layers=2),
-    "A16W8, two float layers, float head": Scheme(bits=8, head_bits=None, float_layers=2),
-    "A16W4, two float layers, head of 8 bits": Scheme(bits=4, head_bits=8, float_layers=2),
+    "A16W8, four float layers": Scheme(bits=8, head_bits=8, float_layers=4),
+    "A16W8, four float layers, float head": Scheme(bits=8, head_bits=None, float_layers=4),
+    "A16W4, four float layers, head of 8 bits": Scheme(bits=4, head_bits=8, float_layers=4),
 }
 Rows = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -104,7 +105,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--work", type=Path, required=True, help="folder for parts; give it again to go on")
     parser.add_argument(
-        "--setups", default="fp16, first token as a prefix;A16W8, two float layers", help=f"some of {'; '.join(SETUPS)}"
+        "--setups",
+        default="fp16, first token as a prefix;A16W8, four float layers",
+        help=f"some of {'; '.join(SETUPS)}",
     )
     parser.add_argument("--only", default="prefill,adapters,context,greedy", help="which parts")
     parser.add_argument("--texts", type=int, default=10, help=f"of {LENGTH} tokens, {4 * PER_SET} at most")
@@ -259,18 +262,18 @@ def adapter(seed: int, rank: int, model: npu.Model) -> dict[str, Rows]:
 
 
 def adapters(work: Work, setup: str, on: str) -> Iterator[Line]:
-    """What two adapters change in the logits, in one session, against what they change in float32."""
+    """What adapters change in the logits, in one session, against what they change in float32; the worst of a rank."""
     text = work.dialogues(UNSEEN, 1, LENGTH + 1, 10 * LENGTH, answered=True)[0][: PREFILL.tokens]
 
     def measure() -> dict[str, Any]:
         reference, ours = static(work, "float32", "cpu", ["prefill"]), static(work, setup, on, ["prefill"])
         model, rows = npu.Model(work.model), []
-        for given in (None, adapter(1, RANK, model), adapter(2, RANK // 2, model)):
+        for given in (None, *(adapter(seed, rank, model) for seed, rank in enumerate(RANKS, start=1))):
             start = begun(work, setup, reference, text, given)
             both = reference.logits(text, given), ours.logits(text, given, start)
             rows.append([one[1:].astype(np.float64) for one in both])
-        (base, own), first, second = rows
-        changes = [(their - base, our - own) for their, our in (first, second)]
+        (base, own), *adapted = rows
+        changes = [(their - base, our - own) for their, our in adapted]
         norm = np.linalg.norm
         apart = norm(changes[0][1] - changes[1][1]) / norm(changes[0][0] - changes[1][0])
         return {
@@ -281,9 +284,10 @@ def adapters(work: Work, setup: str, on: str) -> Iterator[Line]:
 
     found = work.part(f"{setup} {on} adapters", measure)
     print(setup, on, "adapters", found, flush=True)
-    for rank, error, effect in zip((RANK, RANK // 2), found["errors"], found["effects"], strict=True):
-        settings = {"effect / logits": effect, "graph's rank": RANK}
-        yield line(setup, f"adapter of r = {rank}: error of its effect", 100 * error, "%", 1, **settings)
+    for rank in sorted(set(RANKS), reverse=True):
+        own = [error for error, its in zip(found["errors"], RANKS, strict=True) if its == rank]
+        settings = {"effects / logits": found["effects"], "graph's rank": RANK}
+        yield line(setup, f"adapter of r = {rank}: error of its effect", 100 * max(own), "%", len(own), **settings)
 
 
 def context(work: Work, setup: str, on: str) -> Iterator[Line]:

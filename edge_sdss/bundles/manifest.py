@@ -57,7 +57,7 @@ class Static(_Record):
     `tokens` are prefilled at once, `past` are the slots of the KV cache before them, in decoding there are
     `past` + `tokens` − 1; `rank` is that of the LoRA inputs. `embedding` is an .npy [vocabulary, width]. `prefix`: .npz
     files by adapter, "" is the base: `ids`, with which every prompt begins, their `logits`, and their keys and values
-    by the inputs' names; empty where none is needed.
+    by the inputs' names.
     """
 
     prefill: tuple[str, ...]
@@ -66,7 +66,7 @@ class Static(_Record):
     past: int
     rank: int
     embedding: str
-    prefix: dict[str, str] = {}
+    prefix: dict[str, str]
 
 
 class Graph(_Record):

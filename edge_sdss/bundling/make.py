@@ -222,7 +222,7 @@ class _Job:
         """What the compiled graphs compute in the emulation of the device, and each adapter's effect there."""
         manifest = bundles.load(self.staged)
         options = dict(self.recipe.providers[0].options)
-        first = self.maker.first() if manifest.graph.static and manifest.graph.static.prefix else None
+        first = self.maker.first()
         opened = static.StaticBundle(self.staged, manifest, lambda file: htp.session(file, options), first)
         limits = parity.LIMITS[manifest.graph.precision]
         stage = f"{manifest.graph.precision} graph on {static.EMULATED}"

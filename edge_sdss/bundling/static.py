@@ -95,13 +95,13 @@ class Maker:
             names[name] = tuple(self._compiled(file) for file in self.model.write(self.aside, name, shape))
         self.progress("compiling for the HTP", 2, 2)
         np.save(self.staged / "embedding.npy", self.model.feeds.embedding.astype(np.float16))
-        graph, first = self._graph(names), self.first()
-        prefix = {"": self._prefix(first, "base", int(texts[0][0]), {})}
-        for name, source in given.items():
-            arrays = adapters.pack(peft.read(source), graph)
-            prefix[name] = self._prefix(first, f"adapter-{name}", int(texts[0][0]), arrays)
-        assert graph.static is not None
-        return graph.model_copy(update={"static": graph.static.model_copy(update={"prefix": prefix})})
+        prefix = {"": "prefix/base.npz", **{name: f"prefix/adapter-{name}.npz" for name in given}}
+        graph, first = self._graph(names, prefix), self.first()
+        (self.staged / "prefix").mkdir()
+        for name, path in prefix.items():
+            arrays = adapters.pack(peft.read(given[name]), graph) if name else {}
+            self._write_prefix(first, self.staged / path, int(texts[0][0]), arrays)
+        return graph
 
     def first(self) -> Graphs:
         """Float32 graphs of one token without a past, for prefixes."""
@@ -119,14 +119,12 @@ class Maker:
         htp.session(file, options, context=self.staged / file.name)
         return file.name
 
-    def _prefix(self, first: Graphs, name: str, token: int, arrays: Arrays) -> str:
+    def _write_prefix(self, first: Graphs, file: Path, token: int, arrays: Arrays) -> None:
         made = static_ways.prefix(first, self.model.feeds, [token], arrays)
-        (self.staged / "prefix").mkdir(exist_ok=True)
         stored: dict[str, Any] = {"ids": np.array(made.ids, np.int64), "logits": made.logits, **made.cache}
-        np.savez(self.staged / "prefix" / f"{name}.npz", **stored)
-        return f"prefix/{name}.npz"
+        np.savez(file, **stored)
 
-    def _graph(self, names: Mapping[str, tuple[str, ...]]) -> Graph:
+    def _graph(self, names: Mapping[str, tuple[str, ...]], prefix: dict[str, str]) -> Graph:
         spec, shape = self.model.spec, self.prefill
         static = Static(
             prefill=names["prefill"],
@@ -135,6 +133,7 @@ class Maker:
             past=shape.past,
             rank=shape.rank,
             embedding="embedding.npy",
+            prefix=prefix,
         )
         return Graph(
             file=names["decode"][0],
@@ -174,10 +173,8 @@ class StaticBundle:
         start = self._prefix(ids, name or "", factor, given)
         return self.model.logits(np.asarray(ids, np.int64), given, start)
 
-    def _prefix(self, ids: Sequence[int], name: str, factor: float, given: Arrays) -> Prefix | None:
+    def _prefix(self, ids: Sequence[int], name: str, factor: float, given: Arrays) -> Prefix:
         """That of the adapter as the bundle has it; for another first token, or a factor, made by `first`."""
-        if not self.prefixes:
-            return None
         stored = self.prefixes.get(name, self.prefixes[""])
         fits = name in self.prefixes and factor == 1 and stored.ids == tuple(ids[: len(stored.ids)])
         if fits or self.first is None:
