@@ -29,7 +29,7 @@ from edge_sdss import default_model, readers
 from edge_sdss.exporting import htp, npu, static_ways
 from edge_sdss.exporting.cpu import on_cpu
 from edge_sdss.exporting.qdq import Scheme
-from edge_sdss.exporting.static_decoder import Shape, sites
+from edge_sdss.exporting.static_decoder import Shape, drawn
 from edge_sdss.exporting.static_ways import Graphs, Prefix, StaticModel
 from edge_sdss.files import replace
 from edge_sdss.types import Turn, no_progress
@@ -253,12 +253,8 @@ def greedy(work: Work, setup: str, on: str) -> Iterator[Line]:
 
 
 def adapter(seed: int, rank: int, model: npu.Model) -> dict[str, Rows]:
-    """Random matrices whose effect on the logits is as clear as `probe.CLEAR` wants it: rounding hides a small one."""
-    draws, found = np.random.default_rng(seed), {}
-    for site in sites(model.spec):
-        found[site.lora_a] = draws.normal(0, site.inputs**-0.5, (site.inputs, rank)).astype(np.float32)
-        found[site.lora_b] = draws.normal(0, 0.12, (rank, site.outputs)).astype(np.float32)
-    return found
+    """One that calibration has not drawn, whose effect on the logits is as clear as `probe.CLEAR` wants it."""
+    return drawn(model.spec, rank, UNSEEN + seed, effect=0.12 * rank**0.5)
 
 
 def adapters(work: Work, setup: str, on: str) -> Iterator[Line]:
