@@ -3,9 +3,9 @@
     python benchmarks/npu.py --data DIR --work DIR
 
 Compares graphs of fixed shapes on the emulated HTP with the same graphs in float32 on the CPU: prefill over real
-dialogue that calibration has not seen, greedy decoding, adapters as inputs, context binaries. Each part's figures lie
-in the work folder and are not measured again; `--store` appends all of them to the results. Nothing here is a device's
-figure, and times of an emulation are none of anything.
+dialogue that calibration has not seen, decode steps along it, greedy answers, adapters as inputs, context binaries.
+Each part's figures lie in the work folder and are not measured again; `--store` appends all of them to the results.
+Nothing here is a device's figure, and times of an emulation are none of anything.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SETS = (
 RANK = 8
 RANKS = (RANK, RANK // 2, RANK, RANK // 2)
 PREFILL, DECODE = Shape(64, 64, RANK), Shape(1, 95, RANK)
-LENGTH, NEW, PER_SET = 128, 32, 3
+LENGTH, NEW, PER_SET, DECODED = 128, 32, 3, 32
 CALIBRATION, UNSEEN = 24, 400
 """Dialogues of each set for calibration, from its beginning, and from which one on others are measured on."""
 
@@ -60,12 +60,13 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Work:
-    """Where parts lie, how many texts and prompts are measured, and the model."""
+    """Where parts lie, how many of each are measured, and the model."""
 
     folder: Path
     data: Path
     texts: int
     prompts: int
+    decoded: int
     model: Path
 
     def part(self, name: str, make: Callable[[], Any]) -> Any:
@@ -109,9 +110,10 @@ def main() -> None:
         default="fp16, first token as a prefix;A16W8, four float layers",
         help=f"some of {'; '.join(SETUPS)}",
     )
-    parser.add_argument("--only", default="prefill,adapters,context,greedy", help="which parts")
+    parser.add_argument("--only", default="prefill,adapters,context,greedy,decode", help="which parts")
     parser.add_argument("--texts", type=int, default=10, help=f"of {LENGTH} tokens, {4 * PER_SET} at most")
     parser.add_argument("--prompts", type=int, default=10)
+    parser.add_argument("--decoded", type=int, default=DECODED, help=f"texts of which {NEW} tokens are decoded")
     parser.add_argument("--on", choices=("htp", "cpu"), default="htp", help="cpu: to search, not stored")
     parser.add_argument("--store", action="store_true", help="append what was measured to the results")
     parser.add_argument("--context", nargs=2, metavar=("GRAPH", "OUT"), help=argparse.SUPPRESS)
@@ -120,7 +122,7 @@ def main() -> None:
     if asked.context or asked.reload:
         child(asked)
         return
-    work = Work(asked.work, asked.data, asked.texts, asked.prompts, default_model.path(no_progress))
+    work = Work(asked.work, asked.data, asked.texts, asked.prompts, asked.decoded, default_model.path(no_progress))
     asked.work.mkdir(parents=True, exist_ok=True)
     lines: list[Line] = []
     for setup in asked.setups.split(";"):
@@ -218,17 +220,42 @@ def prefill(work: Work, setup: str, on: str) -> Iterator[Line]:
             return compared(np.load(file)[shared:], rows[shared:], text[shared + 1 : LENGTH + 1])
 
         found.append(work.part(f"{setup} {on} prefill {number}", measure))
+    yield from agreement(setup, on, "prefill", found)
+
+
+def decode(work: Work, setup: str, on: str) -> Iterator[Line]:
+    """The same of decode steps, each behind the dialogue's own tokens."""
+    total = DECODE.past + DECODE.tokens
+    texts = work.dialogues(UNSEEN, DECODED // len(SETS), total + 1, 10 * LENGTH, answered=True)[: work.decoded]
+    reference = ours = None
+    found = []
+    for number, text in enumerate(texts):
+
+        def measure(text: Any = text) -> dict[str, float]:
+            nonlocal reference, ours
+            reference = reference or static(work, "float32", "cpu", ["prefill"])
+            ours = ours or static(work, setup, on, ["prefill", "decode"])
+            start = begun(work, setup, reference, text)
+            rows = ours.decoded(text[:total], NEW, prefix=start)
+            return compared(reference.logits(text[:total])[-NEW:], rows, text[total - NEW + 1 : total + 1])
+
+        found.append(work.part(f"{setup} {on} decode {number}", measure))
+    yield from agreement(setup, on, "decode", found)
+
+
+def agreement(setup: str, on: str, which: str, found: Sequence[dict[str, float]]) -> Iterator[Line]:
+    """The lines of `compared` over all texts."""
     total = {key: sum(one[key] for one in found) for key in found[0]}
     rise = 100 * (total["nll"] / total["nll_reference"] - 1)
     n = int(total["n"])
-    print(f"{setup} on {on}: {total['same'] / n:.4f} of {n}, NLL {rise:+.2f} %, KL {total['kl'] / n:.5f}", flush=True)
-    yield line(setup, "prefill: argmax agreement with float32", 100 * total["same"] / n, "%", n)
-    yield line(setup, "prefill: change of NLL", rise, "%", n)
-    yield line(setup, "prefill: mean KL from float32", total["kl"] / n, "nats/token", n)
+    print(f"{setup} on {on}, {which}: {total['same'] / n:.4f} of {n}, NLL {rise:+.2f} %, KL {total['kl'] / n:.5f}")
+    yield line(setup, f"{which}: argmax agreement with float32", 100 * total["same"] / n, "%", n)
+    yield line(setup, f"{which}: change of NLL", rise, "%", n)
+    yield line(setup, f"{which}: mean KL from float32", total["kl"] / n, "nats/token", n)
 
 
 def greedy(work: Work, setup: str, on: str) -> Iterator[Line]:
-    """Greedy answers token by token against float32's, and each step's argmax along our own answer."""
+    """Greedy answers, token by token against float32's."""
     prompts = work.dialogues(UNSEEN, PER_SET, 8, PREFILL.tokens, answered=False)[: work.prompts]
     reference = ours = None
     found = []
@@ -241,15 +268,12 @@ def greedy(work: Work, setup: str, on: str) -> Iterator[Line]:
             start = begun(work, setup, reference, prompt)
             theirs = reference.follow(prompt, NEW)
             own = ours.follow(prompt, NEW, prefix=start)
-            along = reference.logits(np.array([*prompt, *own[:-1]]))[len(prompt) - 1 :].argmax(-1)
-            return {"theirs": theirs, "ours": own, "along": along.tolist()}
+            return {"theirs": theirs, "ours": own}
 
         found.append(work.part(f"{setup} {on} greedy {number}", measure))
     equal = sum(one["theirs"] == one["ours"] for one in found)
-    steps = [same for one in found for same in np.equal(one["along"], one["ours"])[1:]]
-    print(f"{setup} on {on}: greedy {equal} of {len(found)}, steps {np.mean(steps):.4f} of {len(steps)}", flush=True)
+    print(f"{setup} on {on}: greedy {equal} of {len(found)}", flush=True)
     yield line(setup, f"greedy: answers of {NEW} tokens equal to float32's", equal, f"of {len(found)}", len(found))
-    yield line(setup, "decode: argmax agreement with float32", 100 * float(np.mean(steps)), "%", len(steps))
 
 
 def adapter(seed: int, rank: int, model: npu.Model) -> dict[str, Rows]:
@@ -341,7 +365,7 @@ def line(setup: str, metric: str, value: float, unit: str, n: int, **settings: A
     return {**whole, "n": n, "settings": facts, "emulated": True}
 
 
-PARTS = {"prefill": prefill, "greedy": greedy, "adapters": adapters, "context": context}
+PARTS = {"prefill": prefill, "greedy": greedy, "adapters": adapters, "context": context, "decode": decode}
 
 if __name__ == "__main__":
     main()

@@ -25,7 +25,7 @@ def test_sums_over_positions() -> None:
 
 
 def test_a_part_is_measured_once(tmp_path: Path) -> None:
-    work, calls = npu.Work(tmp_path, tmp_path, 1, 1, tmp_path), []
+    work, calls = npu.Work(tmp_path, tmp_path, 1, 1, 1, tmp_path), []
     for _ in range(2):
         assert work.part("one", lambda: calls.append(1) or {"n": 3}) == {"n": 3}
     assert calls == [1]

@@ -1,7 +1,8 @@
 """A decoder as graphs of fixed shapes, for compilers that take no others, such as that of Snapdragon's NPU.
 
 Prefill and decode are two shapes of one builder. Written in standard ONNX operators that the HTP takes whole: the norm
-is RMSNormalization, never a Reciprocal; the mask is an input with finite values. Knows no provider and no quantisation.
+is RMSNormalization, never a Reciprocal; the mask is an input with finite values. Softmax and SiLU are written out: the
+HTP's own Softmax is off by 0.15 %, these steps by float16's rounding alone. Knows no provider and no quantisation.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 MASKED = -100.0
 """What is added to a score that must not count: of −3.4e38 or −inf the HTP makes nonsense."""
 
+_LEAST = -30.0  # e^-30 of a row's greatest has no weight; of e^-90 the HTP makes nonsense
 _OPSET, _IR_VERSION = 23, 11
 _MODULES = {
     "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj",
@@ -106,8 +108,8 @@ def build(spec: Spec, weights: Weights, shape: Shape, part: Part | None = None) 
     the cache; and layers.j.out [1, T, width] of the last layer, or, with the head, logits [1, T, vocabulary].
 
     Between them every layer has, to be asked for at any stage: attn.norm, attn.q, .k, .v, attn.q_rope, attn.keys,
-    attn.values, attn.scores, attn.masked, attn.weights, attn.context, attn.joined, attn.o, attn.sum, mlp.norm,
-    mlp.gate, mlp.up, mlp.sigmoid, mlp.act, mlp.inner, mlp.down and out, each behind `layers.i.`; then norm.
+    attn.values, attn.scores, attn.masked, attn.exp, attn.weights, attn.context, attn.joined, attn.o, attn.sum,
+    mlp.norm, mlp.gate, mlp.up, mlp.act, mlp.inner, mlp.down and out, each behind `layers.i.`; then norm.
     Raises ExportError as `check` does, and where a weight is missing.
     """
     import onnx_ir as ir
@@ -199,7 +201,7 @@ class _Writer:
         inner = self._norm(x, f"{at}.mlp.norm", f"{path}.post_attention_layernorm")
         gate, up = (self._linear(inner, f"{at}.mlp.{each}") for each in ("gate", "up"))
         if self.spec.activation == "silu":
-            gate = net.op("Mul", gate, net.op("Sigmoid", gate, name=f"{at}.mlp.sigmoid"), name=f"{at}.mlp.act")
+            gate = self._silu(gate, f"{at}.mlp")
         else:
             kind = "tanh" if self.spec.activation == "gelu_tanh" else "none"
             gate = net.op("Gelu", gate, name=f"{at}.mlp.act", approximate=kind)
@@ -225,19 +227,38 @@ class _Writer:
             cache = (1, spec.kv_heads, self.shape.past, spec.head_dim)
             keys = net.op("Concat", net.input(f"{at}.past_keys", np.float32, cache), k, name=f"{at}.keys", axis=2)
             values = net.op("Concat", net.input(f"{at}.past_values", np.float32, cache), v, name=f"{at}.values", axis=2)
-        q = net.op("Mul", q, net.floats("attention_scale", np.array(spec.attention_scale)), name=f"{at}.q_scaled")
+        q = net.op("Mul", q, self._number("attention_scale", spec.attention_scale), name=f"{at}.q_scaled")
         q = net.op("Reshape", q, self._sizes(1, spec.kv_heads, rows, spec.head_dim), name=f"{at}.q_groups")
         turned = net.op("Transpose", keys or k, name=f"{at}.keys_turned", perm=[0, 1, 3, 2])
         scores = net.op("MatMul", q, turned, name=f"{at}.scores")
         masked = net.op("Add", scores, self.mask, name=f"{at}.masked")
-        shares = net.op("Softmax", masked, name=f"{at}.weights", axis=-1)
-        context = net.op("MatMul", shares, values or v, name=f"{at}.context")
+        context = net.op("MatMul", self._softmax(masked, at), values or v, name=f"{at}.context")
         context = net.op("Reshape", context, self._sizes(1, spec.heads, tokens, spec.head_dim), name=f"{at}.apart")
         flat = net.op("Transpose", context, name=f"{at}.flat", perm=[0, 2, 1, 3])
         joined = net.op("Reshape", flat, self._sizes(1, tokens, spec.heads * spec.head_dim), name=f"{at}.joined")
         for value in (k, v):
             self._declare(value, (1, spec.kv_heads, tokens, spec.head_dim))
         return self._linear(joined, f"{at}.o"), [k, v]
+
+    def _softmax(self, x: ir.Value, at: str) -> ir.Value:
+        """e^(x - max) / Σ e^(x - max) over the last axis, as a product with Σ to the power of -1."""
+        net, last = self.net, self._sizes(-1)
+        greatest = net.op("ReduceMax", x, last, name=f"{at}.greatest", keepdims=1)
+        below = net.op("Sub", x, greatest, name=f"{at}.below")
+        exp = net.op("Exp", net.op("Max", below, self._number("least", _LEAST), name=f"{at}.seen"), name=f"{at}.exp")
+        total = net.op("ReduceSum", exp, last, name=f"{at}.total", keepdims=1)
+        share = net.op("Pow", total, self._number("minus_one", -1.0), name=f"{at}.share")
+        return net.op("Mul", exp, share, name=f"{at}.weights")
+
+    def _silu(self, x: ir.Value, at: str) -> ir.Value:
+        """x σ(x) = h + h tanh h, with h = x / 2."""
+        net = self.net
+        half = net.op("Mul", x, self._number("half", 0.5), name=f"{at}.half")
+        bent = net.op("Mul", half, net.op("Tanh", half, name=f"{at}.tanh"), name=f"{at}.bent")
+        return net.op("Add", bent, half, name=f"{at}.act")
+
+    def _number(self, name: str, value: float) -> ir.Value:
+        return self.net.floats(name, np.array(value))
 
     def _heads(self, y: ir.Value, heads: int, name: str | None = None) -> ir.Value:
         sizes = self._sizes(1, self.shape.tokens, heads, self.spec.head_dim)

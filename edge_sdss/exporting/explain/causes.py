@@ -66,7 +66,7 @@ def mask_not_clamped(suspect: Suspect) -> Cause | None:
         if node.op not in ("Add", "Where", "Sum"):
             continue
         logits = node.outputs[0]
-        if not any(taker.op == "Softmax" for taker in suspect.topology.consumers.get(logits, ())):
+        if not suspect.topology.feeds_softmax(logits):
             continue
         for name in node.inputs:
             mask = suspect.given(name)

@@ -126,8 +126,14 @@ class Topology:
         return tuple(found)
 
     def feeds_softmax(self, tensor: str) -> bool:
-        """Whether nothing but a Softmax takes it, which sees only what is near a row's greatest value."""
+        """Whether nothing but a Softmax takes it, which sees only what is near a row's greatest value.
+
+        Written out, it begins with a row's greatest and what lies below.
+        """
         takers = self.consumers.get(tensor, [])
+        if {node.op for node in takers} == {"ReduceMax", "Sub"}:
+            greatest = {out for node in takers if node.op == "ReduceMax" for out in node.outputs}
+            return all(node.inputs[0] == tensor and node.inputs[1] in greatest for node in takers if node.op == "Sub")
         return bool(takers) and all(node.op == "Softmax" for node in takers)
 
 
