@@ -64,9 +64,13 @@ def feeds(
 
 @dataclass
 class Decoder:
-    """Builds the graph. `norm`: "div", "reciprocal" or "fused"; `faults` are names of what is planted."""
+    """Builds the graph. `norm`: "div", "reciprocal" or "fused"; `faults` are names of what is planted.
+
+    `steps`: Softmax written out.
+    """
 
     norm: str = "div"
+    steps: bool = False
     faults: frozenset[str] = frozenset()
     constant_mask: float | None = None
     nodes: list[Any] = field(default_factory=list)
@@ -148,10 +152,18 @@ class Decoder:
         turned = self.op("Transpose", [keys], f"{at}.keys_turned", perm=[0, 1, 3, 2])
         scores = self.op("Mul", [self.op("MatMul", [q, turned], f"{at}.dot"), self.const(SIZE**-0.5)], f"{at}.scores")
         masked = self.op("Add", [scores, "mask"], f"{at}.masked")
-        context = self.op("MatMul", [self.op("Softmax", [masked], f"{at}.weights", axis=-1), values], f"{at}.context")
+        context = self.op("MatMul", [self.softmax(masked, at), values], f"{at}.context")
         flat = self.op("Transpose", [context], f"{at}.flat", perm=[0, 2, 1, 3])
         joined = self.op("Reshape", [flat, self.const([1, TOKENS, WIDTH], np.int64)], f"{at}.joined")
         return self.op("MatMul", [joined, f"{at}.o.weight"], f"{at}.o")
+
+    def softmax(self, x: str, at: str) -> str:
+        if not self.steps:
+            return self.op("Softmax", [x], f"{at}.weights", axis=-1)
+        last = self.const([-1], np.int64)
+        below = self.op("Sub", [x, self.op("ReduceMax", [x, last], f"{at}.greatest")], f"{at}.below")
+        exp = self.op("Exp", [below], f"{at}.exp")
+        return self.op("Div", [exp, self.op("ReduceSum", [exp, last], f"{at}.total")], f"{at}.weights")
 
     def layer(self, x: str, at: str) -> str:
         number = at.rpartition(".")[2]

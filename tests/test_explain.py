@@ -107,14 +107,23 @@ def test_to_look_at_a_tensor_leaves_the_nodes_around_it_as_they_are(graphs: dict
 
 @pytest.mark.parametrize("constant", [False, True])
 @pytest.mark.parametrize("least", [-3.4e38, -1e6])
-def test_a_mask_that_is_not_clamped(tmp_path: Path, constant: bool, least: float) -> None:
-    graph = Decoder(constant_mask=least if constant else None).save(tmp_path / "f.onnx")
+@pytest.mark.parametrize("steps", [False, True])
+def test_a_mask_that_is_not_clamped(tmp_path: Path, constant: bool, least: float, steps: bool) -> None:
+    graph = Decoder(constant_mask=least if constant else None, steps=steps).save(tmp_path / "f.onnx")
     texts = [decoders.feeds(seed, masked=least) for seed in range(8)]
     if constant:
         texts = [{name: array for name, array in text.items() if name != "mask"} for text in texts]
     found = against(graph, decoders.quantise(graph, tmp_path / "q.onnx", texts), texts[:2])
     assert told(found) == ("layers.0.attn.masked", "mask not clamped")
     assert f"mask holds {least:.4g}" in evidence(found)
+
+
+def test_logits_are_what_a_softmax_alone_takes_written_out_or_not(tmp_path: Path) -> None:
+    for steps in (False, True):
+        topology = Topology.of(Decoder(steps=steps).save(tmp_path / "f.onnx"))
+        assert [name for name in topology.tensors if topology.feeds_softmax(name)] == [
+            f"layers.{layer}.attn.masked" for layer in range(decoders.LAYERS)
+        ]
 
 
 @pytest.mark.parametrize("tensor", ["layers.0.attn.k", "layers.1.mlp.down"])
