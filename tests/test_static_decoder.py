@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 ir = pytest.importorskip("onnx_ir")
 torch = pytest.importorskip("torch")
@@ -98,13 +100,24 @@ def test_a_split_model_computes_what_the_whole_does(llama: Path, tmp_path: Path,
 def test_parts_cover_each_layer_once_and_the_head_last(llama: Path) -> None:
     spec = fast_config.read(llama)
     for limit in range(62_000, 300_000, 7_000):
-        found = static_decoder.parts(spec, 2, limit)
+        found = static_decoder.parts(spec, [16] * spec.layers, 16, limit)
         layers = [layer for part in found for layer in range(part.first, part.last)]
         assert layers == list(range(spec.layers))
         assert [part.head for part in found] == [False] * (len(found) - 1) + [True]
-    assert static_decoder.parts(spec, 2, 10**9) == (Part(0, spec.layers, True),)
+    assert static_decoder.parts(spec, [16] * spec.layers, 16, 10**9) == (Part(0, spec.layers, True),)
     with pytest.raises(ExportError, match="one layer has"):
-        static_decoder.parts(spec, 2, 10_000)
+        static_decoder.parts(spec, [16] * spec.layers, 16, 10_000)
+
+
+def test_no_part_has_more_than_its_limit_where_layers_differ_in_bits(llama: Path, tmp_path: Path) -> None:
+    made, limit = calibrated(llama, tmp_path, qdq.Scheme(4, 4, float_layers=1), 0), 62_000
+    made.limit_bytes = limit
+    assert len(made.parts) > 1
+    for file in made.write(tmp_path, "split", Shape(4, 0)):
+        graph = onnx.load(file).graph
+        bits = {onnx.TensorProto.INT4: 4, onnx.TensorProto.FLOAT: 16}
+        held = sum(math.prod(one.dims) * bits.get(one.data_type, 0) for one in graph.initializer if len(one.dims) == 2)
+        assert 0 < held // 8 <= limit
 
 
 @pytest.mark.parametrize("rank", [1, 3, 4])

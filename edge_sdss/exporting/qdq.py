@@ -32,6 +32,10 @@ class Scheme:
     float_layers: int = 0
     headroom: float = 1.25
 
+    def of_layer(self, number: int) -> int | None:
+        """Bits of a layer's weights; None: they stay in float."""
+        return self.bits if number >= self.float_layers else None
+
 
 @dataclass
 class Statistics:
@@ -98,7 +102,7 @@ def _bits(weight: str, scheme: Scheme) -> int | None:
     first, layer, *_ = weight.split(".")
     if first != "layers":
         return scheme.head_bits
-    return scheme.bits if int(layer) >= scheme.float_layers else None
+    return scheme.of_layer(int(layer))
 
 
 class _Quantiser:

@@ -7,7 +7,7 @@ HTP's own Softmax is off by 0.15 %, these steps by float16's rounding alone. Kno
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,24 +74,30 @@ def whole(spec: Spec) -> Part:
     return Part(0, spec.layers, True)
 
 
-def parts(spec: Spec, bytes_per_weight: float, limit_bytes: int) -> tuple[Part, ...]:
+def parts(spec: Spec, layer_bits: Sequence[int], head_bits: int, limit_bytes: int) -> tuple[Part, ...]:
     """Splits the model between layers so that no part's weights exceed `limit_bytes`; the head may be a part alone.
 
-    Raises ExportError where a single layer, or the head, is larger than that.
+    `layer_bits` of each layer's weights. Raises ExportError where a single layer, or the head, is larger than that.
     """
     attention = spec.width * spec.head_dim * 2 * (spec.heads + spec.kv_heads)
-    layer = round((attention + 3 * spec.width * spec.inner) * bytes_per_weight)
-    head = round(spec.width * spec.vocabulary * bytes_per_weight)
-    if max(layer, head) > limit_bytes:
-        found = f"one layer has {layer / 1e6:.0f} MB and the head {head / 1e6:.0f} MB, {limit_bytes / 1e6:.0f} MB fit"
+    layers = [(attention + 3 * spec.width * spec.inner) * bits // 8 for bits in layer_bits]
+    head = spec.width * spec.vocabulary * head_bits // 8
+    if max(*layers, head) > limit_bytes:
+        found = (
+            f"one layer has {max(layers) / 1e6:.0f} MB, the head {head / 1e6:.0f} MB, {limit_bytes / 1e6:.0f} MB fit"
+        )
         raise ExportError(message("split the model into parts", found, "take fewer bits or a smaller model"))
-    each = limit_bytes // layer
-    ends = [*range(each, spec.layers, each), spec.layers]
-    made = [Part(start, end, False) for start, end in zip([0, *ends], ends, strict=False)]
-    last = made[-1]
-    if (last.last - last.first) * layer + head <= limit_bytes:
-        return (*made[:-1], Part(last.first, last.last, True))
-    return (*made, Part(spec.layers, spec.layers, True))
+    starts, held = [0], 0
+    for number, size in enumerate([*layers, head]):
+        if held + size > limit_bytes:
+            starts.append(number)
+            held = 0
+        held += size
+    ends = [*starts[1:], spec.layers]
+    return tuple(
+        Part(first, last, number == len(starts))
+        for number, (first, last) in enumerate(zip(starts, ends, strict=True), 1)
+    )
 
 
 def build(spec: Spec, weights: Weights, shape: Shape, part: Part | None = None) -> ir.Model:
