@@ -316,6 +316,7 @@ def test_the_report_says_what_the_results_say(tmp_path: Path) -> None:
     lines += [result("none", set="alpaca", shift=0.5)]
     lines += [result(p, seed, bins=8) for p in ("sdss", "reservoir") for seed in range(2)]
     lines += [result(p, 0, shift=9.0 if p == "sdss" else 0.0, order="blocked") for p in ("sdss", "reservoir")]
+    lines[0]["device"] = "another board"
     lines += [{**result("fifo"), "protocol": "older", "time": "2025-01-01T00:00:00+00:00"}]
     file = tmp_path / "r.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -328,6 +329,7 @@ def test_the_report_says_what_the_results_say(tmp_path: Path) -> None:
     assert "better" not in by_policy["none"]
     assert "tie" not in by_policy["none"]
     assert "fifo" not in text
+    assert " cells on another board, board, commits c. " in text
     assert "standing for Prosocial-Dialog" in text
     assert "## 8 bins\n" in text
     assert "## 32 bins, blocked\n" in text

@@ -167,8 +167,8 @@ def page(lines: Sequence[Line]) -> Iterator[str]:
     last = max(every, key=lambda line: line["time"])
     yield "# Does the selection pay?\n\nWritten by `python benchmarks/study.py report`; not to be edited.\n\n"
     yield (
-        f"Model {last['model']}, protocol {last['protocol']}, {len(every)} cells on {last['device']}, commits "
-        f"{', '.join(dict.fromkeys(line['commit'] for line in every))}. NLL in nats per token of held-out answers, "
+        f"Model {last['model']}, protocol {last['protocol']}, {len(every)} cells on {_all(every, 'device')}, commits "
+        f"{_all(every, 'commit')}. NLL in nats per token of held-out answers, "
         "lower is better. Differences are paired with the baseline's run on the same stream and seed, item by "
         "item; runs and items are both resampled. `asked` counts annotation requests, `seconds` are of selecting "
         "(embedding included), synthesis and training. A tie is what is not shown to differ.\n\n"
@@ -177,6 +177,10 @@ def page(lines: Sequence[Line]) -> Iterator[str]:
         yield from _setup(setup, own)
     for name, (_, alt) in plots.every(every).items():
         yield f"![{alt}](study-{name}.svg)\n\n"
+
+
+def _all(lines: Sequence[Line], field: str) -> str:
+    return ", ".join(dict.fromkeys(line[field] for line in lines))
 
 
 def _setup(setup: Setup, lines: Sequence[Line]) -> Iterator[str]:
