@@ -49,9 +49,10 @@ CALIBRATION, UNSEEN = 24, 400
 SETUPS: dict[str, Scheme | None] = {
     "fp16": None,
     "fp16, first token as a prefix": None,
+    "A16W8, blocks of 32": Scheme(bits=8, head_bits=8, block=32),
+    "A16W8, blocks of 32, four float layers": Scheme(bits=8, head_bits=8, float_layers=4, block=32),
     "A16W8, four float layers": Scheme(bits=8, head_bits=8, float_layers=4),
-    "A16W8, four float layers, float head": Scheme(bits=8, head_bits=None, float_layers=4),
-    "A16W4, four float layers, head of 8 bits": Scheme(bits=4, head_bits=8, float_layers=4),
+    "A16W4, blocks of 32, four float layers, head of 8 bits": Scheme(bits=4, head_bits=8, float_layers=4, block=32),
 }
 Rows = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for parts; give it again to go on")
     parser.add_argument(
         "--setups",
-        default="fp16, first token as a prefix;A16W8, four float layers",
+        default="fp16, first token as a prefix;A16W8, blocks of 32",
         help=f"some of {'; '.join(SETUPS)}",
     )
     parser.add_argument("--only", default="prefill,adapters,context,greedy,decode", help="which parts")

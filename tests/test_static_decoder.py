@@ -21,6 +21,7 @@ from edge_sdss.errors import BackendUnavailable, ExportError, InputError
 from edge_sdss.exporting import fast_config, htp, npu, qdq, static_decoder, static_ways, ways
 from edge_sdss.exporting.cpu import on_cpu
 from edge_sdss.exporting.explain import stages
+from edge_sdss.exporting.explain.quantised import Quantised
 from edge_sdss.exporting.fast_weights import Weights
 from edge_sdss.exporting.rounding import rounded
 from edge_sdss.exporting.static_decoder import Part, Shape, sites
@@ -110,13 +111,17 @@ def test_parts_cover_each_layer_once_and_the_head_last(llama: Path) -> None:
 
 
 def test_no_part_has_more_than_its_limit_where_layers_differ_in_bits(llama: Path, tmp_path: Path) -> None:
-    made, limit = calibrated(llama, tmp_path, qdq.Scheme(4, 4, float_layers=1), 0), 62_000
+    made, limit = calibrated(llama, tmp_path, qdq.Scheme(4, 4, float_layers=1, block=16), 0), 62_000
     made.limit_bytes = limit
     assert len(made.parts) > 1
     for file in made.write(tmp_path, "split", Shape(4, 0)):
         graph = onnx.load(file).graph
-        bits = {onnx.TensorProto.INT4: 4, onnx.TensorProto.FLOAT: 16}
-        held = sum(math.prod(one.dims) * bits.get(one.data_type, 0) for one in graph.initializer if len(one.dims) == 2)
+        held = 0
+        for one in graph.initializer:
+            if one.data_type == onnx.TensorProto.INT4 and one.name.endswith("_quantized"):
+                held += math.prod(one.dims) * 4
+            elif one.data_type == onnx.TensorProto.FLOAT and len(one.dims) == 2:
+                held += math.prod(one.dims) * (32 if one.name.endswith("_scale") else 16)
         assert 0 < held // 8 <= limit
 
 
@@ -186,9 +191,31 @@ def test_rounding_to_the_nearest_code_and_for_the_outputs(bits: int) -> None:
         assert not found.codes[3].any()
         assert (found.scales > 0).all()
     if bits == 8:  # no range is cut: half a step
-        assert (np.abs(near.values() - weight) <= near.scales[:, None] / 2 + 1e-6).all()
+        assert (np.abs(near.values() - weight) <= near.scales / 2 + 1e-6).all()
     errors = [float(np.square((found.values() - weight) @ x.T).sum()) for found in (near, best)]
     assert errors[1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_block_of_small_weights_is_not_rounded_by_the_scale_of_large_ones(bits: int) -> None:
+    draws = np.random.default_rng(bits)
+    weight = draws.normal(0, 1, (24, 48)).astype(np.float32)
+    weight[:, 16:32] *= 0.01
+    whole, found = rounded(weight, bits), rounded(weight, bits, block=16)
+    assert found.scales.shape == (24, 3)
+    apart = [np.linalg.norm((one.values() - weight)[:, 16:32]) for one in (whole, found)]
+    assert apart[1] < 0.2 * apart[0]
+    loud = np.diag(np.where(np.arange(48) // 16 == 1, 1e4, 1.0)) + 0.1  # the small weights have the large inputs
+    off = [rounded(weight, bits, loud, block).values() - weight for block in (None, 16)]
+    errors = [float(np.einsum("oi,ij,oj->", one, loud, one)) for one in off]
+    assert errors[1] < 0.2 * errors[0]
+    for at in range(3):  # a block knows of no other
+        alone = rounded(np.ascontiguousarray(weight[:, 16 * at : 16 * at + 16]), bits)
+        part = rounded(weight, bits, block=16)
+        assert np.array_equal(part.codes[:, 16 * at : 16 * at + 16], alone.codes)
+        assert np.array_equal(part.scales[:, at], alone.scales[:, 0])
+    with pytest.raises(ExportError, match="take a block_size that divides"):
+        rounded(weight, bits, block=32)
 
 
 def calibrated(llama: Path, work: Path, scheme: qdq.Scheme, rank: int = 0) -> npu.Model:
@@ -248,8 +275,11 @@ def test_the_first_layers_stay_in_float_where_the_scheme_says_so(llama: Path, tm
     assert "head.weight" in quantised
 
 
-def test_a_quantised_graph_keeps_names_and_answers_nearly_the_same(llama: Path, tmp_path: Path) -> None:
-    made, shape = calibrated(llama, tmp_path, qdq.Scheme(8, 8)), Shape(12, 4)
+@pytest.mark.parametrize("block", [None, 32])
+def test_a_quantised_graph_keeps_names_and_answers_nearly_the_same(
+    llama: Path, tmp_path: Path, block: int | None
+) -> None:
+    made, shape = calibrated(llama, tmp_path, qdq.Scheme(8, 8, block=block)), Shape(12, 4)
     plain, quantised = (opened(made, tmp_path, shape, f"q{on}", on) for on in (False, True))
     names = [[value.name for value in graphs.sessions[0].get_outputs()] for graphs in (plain, quantised)]
     assert names[0] == names[1]
@@ -259,7 +289,9 @@ def test_a_quantised_graph_keeps_names_and_answers_nearly_the_same(llama: Path, 
     graph = ir.load(tmp_path / "qTrue.onnx").graph
     tensors = {value.name: value.const_value.numpy() for value in graph.initializers.values()}
     assert tensors["layers.1.mlp.down.weight_quantized"].dtype == np.int8
-    assert tensors["layers.1.mlp.down.weight_scale"].shape == (64,)
+    assert tensors["layers.1.mlp.down.weight_scale"].shape == ((64,) if block is None else (3, 64))
+    found = made.codes["layers.1.mlp.down.weight"].values().T
+    np.testing.assert_allclose(Quantised(tmp_path / "qTrue.onnx").weight("layers.1.mlp.down.weight"), found, rtol=1e-6)
     largest = made.statistics.largest["layers.1.mlp.inner"]
     np.testing.assert_allclose(tensors["layers.1.mlp.inner_scale"], 1.25 * largest / 32767, rtol=1e-6)
     products = [node for node in graph if node.op_type == "MatMul" and "attn.scores" not in node.name]
@@ -290,9 +322,14 @@ def test_without_the_package_the_way_out_is_named(monkeypatch: pytest.MonkeyPatc
         htp.session(tmp_path / "g.onnx")
 
 
-def test_on_the_emulated_htp(llama: Path, tmp_path: Path) -> None:
+# what comes out of blocks keeps on the HTP what the range would cut: here nothing is beyond it
+@pytest.mark.parametrize(
+    "scheme",
+    [qdq.Scheme(8, 8), qdq.Scheme(8, 8, headroom=4, block=32), qdq.Scheme(4, 8, headroom=4, block=32)],
+)
+def test_on_the_emulated_htp(llama: Path, tmp_path: Path, scheme: qdq.Scheme) -> None:
     pytest.importorskip("onnxruntime_qnn", reason="onnxruntime-qnn, which emulates the HTP, is not installed")
-    made, shape = calibrated(llama, tmp_path, qdq.Scheme(8, 8), 4), Shape(8, 8, 4)
+    made, shape = calibrated(llama, tmp_path, scheme, 4), Shape(8, 8, 4)
     given = adapter(made.spec, 3)
     first = static_ways.prefix(opened(made, tmp_path, Shape(1, 0, 4), "first", False), made.feeds, IDS[:1], given)
     for name, quantised in (("float", False), ("qdq", True)):

@@ -97,7 +97,12 @@ def test_kept_dialogues_calibrate_first_and_packaged_ones_fill_up(model: Path) -
 
 @pytest.mark.parametrize(
     "change",
-    [{"kv_cache": "growing"}, {"block_size": 32}, {"shapes": {"static": False}}, {"route": "portable"}],
+    [
+        {"kv_cache": "growing"},
+        {"block_size": 32, "precision": "float16"},
+        {"shapes": {"static": False}},
+        {"route": "portable"},
+    ],
 )
 def test_a_recipe_of_static_graphs_agrees_with_itself(change: dict[str, Any]) -> None:
     stated = recipes.load("qnn-htp-a16w8").model_dump()

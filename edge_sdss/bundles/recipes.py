@@ -87,7 +87,7 @@ class Recipe(_Record):
     status_note: str
     route: Route
     precision: Precision
-    block_size: int | None = Field(None, gt=0, description="weights that share a scale")
+    block_size: int | None = Field(None, gt=0, description="weights that share a scale; absent: all of an output")
     head_precision: Literal["float16", "int8"] | None = Field(None, description="as `precision` where absent")
     float_layers: int = Field(0, ge=0, description="the first layers of static graphs, which are not quantised")
     part_bytes: int | None = Field(None, gt=0, description="of one static graph's weights: beyond, it is split")
@@ -104,9 +104,11 @@ class Recipe(_Record):
 
     @model_validator(mode="after")
     def _agrees(self) -> Recipe:
-        blocks = self.precision in ("int4", "int8") and self.route != "static"
-        if blocks != (self.block_size is not None):
-            raise ValueError(f"{self.precision} {'needs a' if blocks else 'has no'} block_size")
+        integers, static = self.precision in ("int4", "int8"), self.route == "static"
+        if self.block_size is None and integers and not static:
+            raise ValueError(f"{self.precision} needs a block_size")
+        if self.block_size is not None and not integers:
+            raise ValueError(f"{self.precision} has no block_size")
         cache = {"fast": "shared", "static": "static"}.get(self.route, "growing")
         if self.kv_cache != cache or (self.route == "static") != self.shapes.static:
             raise ValueError(f"the route {self.route} makes no graph with a {self.kv_cache} KV cache")

@@ -66,6 +66,7 @@ class Maker:
                 bits=8 if precision == "int8" else 4,
                 head_bits=None if head == "float16" else 8,
                 float_layers=self.recipe.float_layers,
+                block=self.recipe.block_size,
             )
         limit = self.recipe.part_bytes or npu.LIMIT_BYTES
         self.model, self.aside = npu.Model(self.folder, scheme, limit), self.staged / ".aside"
@@ -138,6 +139,7 @@ class Maker:
         return Graph(
             file=names["decode"][0],
             precision=self.recipe.precision,
+            block_size=self.recipe.block_size,
             kv_cache="static",
             static=static,
             position_ids=False,

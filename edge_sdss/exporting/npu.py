@@ -33,7 +33,6 @@ Open = Callable[[Path], Any]
 LIMIT_BYTES = 1_500_000_000
 """Of one part's weights. An HTP context has 32-bit addresses, of which the binary, its activations and the KV cache
 have to share less than 4 GB; measured is only that 270 MB fit."""
-_FLOAT = 16  # bits of float weights on an HTP
 DRAWN_EFFECT = 1 / 3
 """Of the adapters in calibration, on each linear: more than training makes of one."""
 
@@ -58,9 +57,9 @@ class Model:
         return self._parts(self.scheme)
 
     def _parts(self, scheme: Scheme | None) -> tuple[Part, ...]:
-        layers = [(scheme.of_layer(number) if scheme else None) or _FLOAT for number in range(self.spec.layers)]
-        head = (scheme.head_bits if scheme else None) or _FLOAT
-        return static_decoder.parts(self.spec, layers, head, self.limit_bytes)
+        scheme = scheme or Scheme(head_bits=None, float_layers=self.spec.layers)
+        layers = [scheme.taken(scheme.of_layer(number)) for number in range(self.spec.layers)]
+        return static_decoder.parts(self.spec, layers, scheme.taken(scheme.head_bits), self.limit_bytes)
 
     def write(self, out: Path, name: str, shape: Shape, *, quantised: bool = True) -> tuple[Path, ...]:
         """Writes out/<name>.onnx with its weights beside it, or <name>.0.onnx and so on where it is split."""

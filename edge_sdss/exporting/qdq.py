@@ -1,8 +1,9 @@
 """A float graph with some of its products quantised, as QuantizeLinear and DequantizeLinear say it (QDQ).
 
-Quantised are the products with stored matrices: weights as int8 or int4 with a scale for each output, what goes in
-and comes out as symmetric int16. All else stays in float: norms, residual sums, attention and adapters, so that an
-adapter's effect meets no range that was calibrated without it. Weights are what decoding waits for. Knows no provider.
+Quantised are the products with stored matrices: weights as int8 or int4 with a scale for each output or each block of
+one, what goes in and comes out as symmetric int16. All else stays in float: norms, residual sums, attention and
+adapters, so that an adapter's effect meets no range that was calibrated without it. Weights are what decoding waits
+for. Knows no provider.
 """
 
 from __future__ import annotations
@@ -25,16 +26,24 @@ _TOP = 32767  # of symmetric int16
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """`bits` of the layers' weights and of the head's; None: it stays in float, as do the first `float_layers`, whose
-    errors would grow through all others. `headroom`: how many times the range seen in calibration fits."""
+    errors would grow through all others. `headroom`: how many times the range seen in calibration fits. `block`: inputs
+    of an output that share a scale, None: all of them."""
 
     bits: Literal[4, 8] = 8
     head_bits: Literal[4, 8] | None = 8
     float_layers: int = 0
     headroom: float = 1.25
+    block: int | None = None
 
     def of_layer(self, number: int) -> int | None:
         """Bits of a layer's weights; None: they stay in float."""
         return self.bits if number >= self.float_layers else None
+
+    def taken(self, bits: int | None) -> float:
+        """Bits that a weight takes on an HTP, its share of a block's scale among them."""
+        if bits is None:
+            return 16
+        return bits + 32 / self.block if self.block else bits
 
 
 @dataclass
@@ -162,19 +171,24 @@ class _Quantiser:
         if name not in self.codes:
             assert weight.const_value is not None
             gram = self.statistics.grams.get(entering)
-            self.codes[name] = rounded(np.ascontiguousarray(weight.const_value.numpy().T), bits, gram)
+            self.codes[name] = rounded(
+                np.ascontiguousarray(weight.const_value.numpy().T), bits, gram, self.scheme.block
+            )
         found = self.codes[name]
         codes = np.ascontiguousarray(found.codes.T)
         if bits == 4:
             import ml_dtypes
 
             codes = codes.astype(ml_dtypes.int4)
-        zeros = np.zeros(len(found.scales), codes.dtype)
+        block = self.scheme.block
+        scales = found.scales[:, 0] if block is None else np.ascontiguousarray(found.scales.T)
+        zeros = np.zeros(scales.shape, codes.dtype)
         inputs = [
             self._constant(f"{name}_{part}", array)
-            for part, array in (("quantized", codes), ("scale", found.scales), ("zero_point", zeros))
+            for part, array in (("quantized", codes), ("scale", scales), ("zero_point", zeros))
         ]
-        dq = ir.node("DequantizeLinear", inputs, {"axis": 1}, name=f"{name}_DequantizeLinear")
+        along = {"axis": 1} if block is None else {"axis": 0, "block_size": block}
+        dq = ir.node("DequantizeLinear", inputs, along, name=f"{name}_DequantizeLinear")
         dq.outputs[0].name = f"{name}_DequantizeLinear_Output"
         self.model.graph.insert_before(before, dq)
         return dq.outputs[0]

@@ -74,24 +74,25 @@ def whole(spec: Spec) -> Part:
     return Part(0, spec.layers, True)
 
 
-def parts(spec: Spec, layer_bits: Sequence[int], head_bits: int, limit_bytes: int) -> tuple[Part, ...]:
+def parts(spec: Spec, layer_bits: Sequence[float], head_bits: float, limit_bytes: int) -> tuple[Part, ...]:
     """Splits the model between layers so that no part's weights exceed `limit_bytes`; the head may be a part alone.
 
-    `layer_bits` of each layer's weights. Raises ExportError where a single layer, or the head, is larger than that.
+    `layer_bits` of each layer's weights, what scales take of them included. Raises ExportError where a single layer, or
+    the head, is larger than that.
     """
     attention = spec.width * spec.head_dim * 2 * (spec.heads + spec.kv_heads)
-    layers = [(attention + 3 * spec.width * spec.inner) * bits // 8 for bits in layer_bits]
-    head = spec.width * spec.vocabulary * head_bits // 8
+    layers = [(attention + 3 * spec.width * spec.inner) * bits / 8 for bits in layer_bits]
+    head = spec.width * spec.vocabulary * head_bits / 8
     if max(*layers, head) > limit_bytes:
         found = (
             f"one layer has {max(layers) / 1e6:.0f} MB, the head {head / 1e6:.0f} MB, {limit_bytes / 1e6:.0f} MB fit"
         )
         raise ExportError(message("split the model into parts", found, "take fewer bits or a smaller model"))
-    starts, held = [0], 0
+    starts, held = [0], 0.0
     for number, size in enumerate([*layers, head]):
         if held + size > limit_bytes:
             starts.append(number)
-            held = 0
+            held = 0.0
         held += size
     ends = [*starts[1:], spec.layers]
     return tuple(

@@ -21,7 +21,8 @@ _LIMITS = {"uint8": (0, 255), "int8": (-128, 127), "uint16": (0, 65535), "int16"
 
 @dataclass(frozen=True)
 class Quantisation:
-    """value = (q - zero_point) · scale, q of `dtype`; both [1], or [channels] along `axis`.
+    """value = (q - zero_point) · scale, q of `dtype`; both [1], or [channels] along `axis`; with `block`, of the
+    value's shape, but one for so many values along `axis`.
 
     `stored` are the scale and zero point with which the value was made into q, where they differ from those with which
     it is read: then the two do not undo each other.
@@ -31,6 +32,7 @@ class Quantisation:
     zero_point: Array
     dtype: str
     axis: int | None = None
+    block: int | None = None
     stored: tuple[Array, Array] | None = None
 
     @property
@@ -58,6 +60,8 @@ class Quantisation:
         return result
 
     def _along(self, array: Array, dimensions: int) -> Array:
+        if self.block and self.axis is not None:
+            return np.repeat(array.astype(np.float64), self.block, self.axis)
         array = array.astype(np.float64).reshape(-1)
         if array.size == 1 or self.axis is None:
             return array[:1].reshape([1] * dimensions)
@@ -111,7 +115,8 @@ class Quantised:
         read = None if first is None else self._parameters(first)
         differ = read is not None and not (np.array_equal(read[0], scale) and np.array_equal(read[1], zero))
         axis = second.attributes.get("axis", 1) if scale.size > 1 else None
-        return Quantisation(scale, zero, str(zero.dtype), axis, read if differ else None)
+        block = second.attributes.get("block_size") or None
+        return Quantisation(scale, zero, str(zero.dtype), axis, block, read if differ else None)
 
     def weight(self, tensor: str) -> Array | None:
         """Returns a constant as this graph has it, dequantised, float64; None where it has none of this name."""

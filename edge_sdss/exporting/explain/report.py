@@ -206,6 +206,7 @@ def _quantisation(one: Quantisation) -> dict[str, Any]:
     return {
         "dtype": one.dtype,
         "axis": one.axis,
+        "block": one.block,
         "scale": [_number(float(value)) for value in one.scale.ravel()],
         "zero_point": [int(value) for value in one.zero_point.ravel()],
     }
