@@ -1,4 +1,4 @@
-"""What a policy remembers of the stream: exact, uniform, bounded; and what herding and facility location do with it."""
+"""What a policy remembers of the stream: exact, uniform, bounded; and what policies do with it."""
 
 from __future__ import annotations
 
@@ -91,6 +91,31 @@ def test_facility_location_takes_the_exchange_that_stands_for_most_of_the_sample
                 assert then[selector.buffer.used.tolist().index(slot)] == pytest.approx(max(then), abs=1e-6)
         selector.apply(decision)
     assert swaps > 3
+
+
+def offered_around(seed: int, n: int, rare: float):
+    """Dialogues whose vectors lie around one direction, and a share of them anywhere."""
+    draws = np.random.default_rng(seed)
+    for dialogue, _ in Stream(seed=seed).take(n):
+        strange = draws.random() < rare
+        vector = draws.normal(0, 1, WIDTH) if strange else 3 * np.eye(WIDTH)[0] + 0.3 * draws.normal(0, 1, WIDTH)
+        yield dialogue, np.tile(vector.astype(np.float32), (3, 1)), strange
+
+
+def test_prototypical_keeps_nothing_rare_and_all_parts_of_the_stream_alike():
+    quarters, n, strange_kept, offers_rare = np.zeros(4), 240, 0, 0
+    for run in range(40):
+        selector, place, strange = make_selector("prototypical", bins=8, seed=run), {}, set()
+        for number, (dialogue, rows, rare) in enumerate(offered_around(run, n, 0.3)):
+            place[dialogue.id] = number
+            strange |= {dialogue.id} if rare else set()
+            selector.offer(dialogue, rows)
+        kept = [exemplar.dialogue.id for exemplar in selector.buffer.entries.values()]
+        strange_kept, offers_rare = strange_kept + len(strange & set(kept)), offers_rare + len(strange)
+        np.add.at(quarters, [4 * place[name] // n for name in kept], 1)
+    assert offers_rare > 40 * 50
+    assert strange_kept == 0
+    assert np.abs(quarters - 80).max() < 5 * np.sqrt(80)  # a reservoir's; "the first" would have 320, 0, 0, 0
 
 
 def test_one_offer_stores_its_decision_and_what_is_remembered_together(tmp_path, monkeypatch):

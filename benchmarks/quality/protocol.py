@@ -28,7 +28,9 @@ NONE, FULL = "none", "full"
 BASELINE = "reservoir"
 PAPER = ("sdss", "random", BASELINE, "fifo", "kcenter", "first", NONE)
 ABLATIONS = ("eoe", "dss", "idd", "eoe-dss", "eoe-idd", "dss-idd")
-STRONGER = ("dedup-reservoir", "domain-balanced", "longest", "herding", "facility-location", "perplexity", "ifd")
+STRONGER = (
+    "prototypical", "facility-location", "herding", "dedup-reservoir", "domain-balanced", "longest", "perplexity", "ifd",
+)  # fmt: skip
 MAIN_ORDERS = ("shuffled", "sticky-0.9")
 ORDERS = ("shuffled", "sticky-0.9", "sticky-0.99", "blocked", "natural", "noisy")
 
