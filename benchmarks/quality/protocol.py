@@ -29,7 +29,8 @@ BASELINE = "reservoir"
 PAPER = ("sdss", "random", BASELINE, "fifo", "kcenter", "first", NONE)
 ABLATIONS = ("eoe", "dss", "idd", "eoe-dss", "eoe-idd", "dss-idd")
 STRONGER = (
-    "prototypical", "facility-location", "herding", "dedup-reservoir", "domain-balanced", "longest", "perplexity", "ifd",
+    "prototypical", "facility-location", "herding", "dedup-reservoir", "domain-balanced", "longest", "perplexity",
+    "ifd",
 )  # fmt: skip
 MAIN_ORDERS = ("shuffled", "sticky-0.9")
 ORDERS = ("shuffled", "sticky-0.9", "sticky-0.99", "blocked", "natural", "noisy")
