@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,27 @@ def static(work: Work, setup: str, on: str, names: Sequence[str]) -> StaticModel
     return StaticModel(model.feeds, graphs.get("prefill"), graphs.get("decode"))
 
 
+@dataclass(frozen=True)
+class Both:
+    """The reference and a setup's model, with these graphs, opened when a part that was not measured asks for them."""
+
+    work: Work
+    setup: str
+    on: str
+    reference_graphs: Sequence[str]
+    graphs: Sequence[str]
+
+    @cached_property
+    def reference(self) -> StaticModel:
+        """In float32 on the CPU."""
+        return static(self.work, "float32", "cpu", self.reference_graphs)
+
+    @cached_property
+    def ours(self) -> StaticModel:
+        """As the setup says."""
+        return static(self.work, self.setup, self.on, self.graphs)
+
+
 def begun(work: Work, setup: str, reference: StaticModel, ids: Any, adapter: Any = None) -> Prefix | None:
     """The first token as float32 computes it, in all setups but plain fp16."""
     if setup == "fp16":
@@ -205,19 +227,15 @@ def prefill(work: Work, setup: str, on: str) -> Iterator[Line]:
     """Agreement and NLL over texts, positions of the system prompt, which all texts share, not counted."""
     texts = work.dialogues(UNSEEN, PER_SET, LENGTH + 1, 10 * LENGTH, answered=True)[: work.texts]
     shared = next(i for i in range(LENGTH) if len({text[i] for text in texts}) > 1)
-    reference = ours = None
-    found = []
+    both, found = Both(work, setup, on, ["prefill"], ["prefill"]), []
     for number, text in enumerate(texts):
         file = work.folder / f"reference {number}.npy"
 
         def measure(text: Any = text, file: Path = file) -> dict[str, float]:
-            nonlocal reference, ours
-            reference = reference or static(work, "float32", "cpu", ["prefill"])
-            ours = ours or static(work, setup, on, ["prefill"])
             if not file.is_file():
-                np.save(file, reference.logits(text[:LENGTH]))
-            start = begun(work, setup, reference, text)
-            rows = ours.logits(text[:LENGTH], prefix=start)
+                np.save(file, both.reference.logits(text[:LENGTH]))
+            start = begun(work, setup, both.reference, text)
+            rows = both.ours.logits(text[:LENGTH], prefix=start)
             return compared(np.load(file)[shared:], rows[shared:], text[shared + 1 : LENGTH + 1])
 
         found.append(work.part(f"{setup} {on} prefill {number}", measure))
@@ -228,17 +246,13 @@ def decode(work: Work, setup: str, on: str) -> Iterator[Line]:
     """The same of decode steps, each behind the dialogue's own tokens."""
     total = DECODE.past + DECODE.tokens
     texts = work.dialogues(UNSEEN, DECODED // len(SETS), total + 1, 10 * LENGTH, answered=True)[: work.decoded]
-    reference = ours = None
-    found = []
+    both, found = Both(work, setup, on, ["prefill"], ["prefill", "decode"]), []
     for number, text in enumerate(texts):
 
         def measure(text: Any = text) -> dict[str, float]:
-            nonlocal reference, ours
-            reference = reference or static(work, "float32", "cpu", ["prefill"])
-            ours = ours or static(work, setup, on, ["prefill", "decode"])
-            start = begun(work, setup, reference, text)
-            rows = ours.decoded(text[:total], NEW, prefix=start)
-            return compared(reference.logits(text[:total])[-NEW:], rows, text[total - NEW + 1 : total + 1])
+            start = begun(work, setup, both.reference, text)
+            rows = both.ours.decoded(text[:total], NEW, prefix=start)
+            return compared(both.reference.logits(text[:total])[-NEW:], rows, text[total - NEW + 1 : total + 1])
 
         found.append(work.part(f"{setup} {on} decode {number}", measure))
     yield from agreement(setup, on, "decode", found)
@@ -249,7 +263,10 @@ def agreement(setup: str, on: str, which: str, found: Sequence[dict[str, float]]
     total = {key: sum(one[key] for one in found) for key in found[0]}
     rise = 100 * (total["nll"] / total["nll_reference"] - 1)
     n = int(total["n"])
-    print(f"{setup} on {on}, {which}: {total['same'] / n:.4f} of {n}, NLL {rise:+.2f} %, KL {total['kl'] / n:.5f}")
+    print(
+        f"{setup} on {on}, {which}: {total['same'] / n:.4f} of {n}, NLL {rise:+.2f} %, KL {total['kl'] / n:.5f}",
+        flush=True,
+    )
     yield line(setup, f"{which}: argmax agreement with float32", 100 * total["same"] / n, "%", n)
     yield line(setup, f"{which}: change of NLL", rise, "%", n)
     yield line(setup, f"{which}: mean KL from float32", total["kl"] / n, "nats/token", n)
@@ -258,17 +275,13 @@ def agreement(setup: str, on: str, which: str, found: Sequence[dict[str, float]]
 def greedy(work: Work, setup: str, on: str) -> Iterator[Line]:
     """Greedy answers, token by token against float32's."""
     prompts = work.dialogues(UNSEEN, PER_SET, 8, PREFILL.tokens, answered=False)[: work.prompts]
-    reference = ours = None
-    found = []
+    both, found = Both(work, setup, on, ["prefill", "decode"], ["prefill", "decode"]), []
     for number, prompt in enumerate(prompts):
 
         def measure(prompt: Any = prompt) -> dict[str, Any]:
-            nonlocal reference, ours
-            reference = reference or static(work, "float32", "cpu", ["prefill", "decode"])
-            ours = ours or static(work, setup, on, ["prefill", "decode"])
-            start = begun(work, setup, reference, prompt)
-            theirs = reference.follow(prompt, NEW)
-            own = ours.follow(prompt, NEW, prefix=start)
+            start = begun(work, setup, both.reference, prompt)
+            theirs = both.reference.follow(prompt, NEW)
+            own = both.ours.follow(prompt, NEW, prefix=start)
             return {"theirs": theirs, "ours": own}
 
         found.append(work.part(f"{setup} {on} greedy {number}", measure))
