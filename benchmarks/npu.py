@@ -31,6 +31,7 @@ from edge_sdss.exporting import htp, npu, static_ways
 from edge_sdss.exporting.cpu import on_cpu
 from edge_sdss.exporting.qdq import Scheme
 from edge_sdss.exporting.static_decoder import Shape, drawn
+from edge_sdss.exporting.static_feeds import Feeds
 from edge_sdss.exporting.static_ways import Graphs, Prefix, StaticModel
 from edge_sdss.files import replace
 from edge_sdss.types import Turn, no_progress
@@ -167,13 +168,15 @@ def progress(what: str, done: int, of: int) -> None:
 
 
 def static(work: Work, setup: str, on: str, names: Sequence[str]) -> StaticModel:
-    """The model of a setup; "float32" is the same graphs in float32 on the CPU."""
+    """The model of a setup, embedding in float16 as bundles do; "float32" is the same graphs on the CPU."""
     model, shapes = npu.Model(work.model), {"prefill": PREFILL, "decode": DECODE}
+    embedding = model.feeds.embedding
+    feeds = Feeds(model.spec, embedding if setup == "float32" else embedding.astype(np.float16))
     graphs = {}
     for name in names:
         file = made(work, "fp16" if setup == "float32" else setup, name, shapes[name])
         graphs[name] = Graphs(shapes[name], (on_cpu(file, 2) if on == "cpu" else htp.session(file),))
-    return StaticModel(model.feeds, graphs.get("prefill"), graphs.get("decode"))
+    return StaticModel(feeds, graphs.get("prefill"), graphs.get("decode"))
 
 
 @dataclass(frozen=True)
@@ -226,7 +229,7 @@ def compared(reference: Rows, rows: Rows, following: Any) -> dict[str, float]:
 def prefill(work: Work, setup: str, on: str) -> Iterator[Line]:
     """Agreement and NLL over texts, positions of the system prompt, which all texts share, not counted."""
     texts = work.dialogues(UNSEEN, PER_SET, LENGTH + 1, 10 * LENGTH, answered=True)[: work.texts]
-    shared = next(i for i in range(LENGTH) if len({text[i] for text in texts}) > 1)
+    shared = next((i for i in range(LENGTH) if len({text[i] for text in texts}) > 1), 1)
     both, found = Both(work, setup, on, ["prefill"], ["prefill"]), []
     for number, text in enumerate(texts):
         file = work.folder / f"reference {number}.npy"

@@ -2,8 +2,9 @@
 
 A block `<!-- table:NAME -->` ... `<!-- /table -->` holds the newest line of each case, metric and device
 of the benchmark NAME: one row each, or, of a benchmark in WIDE, one row a case with these metrics side by
-side; `<!-- table:NAME all -->` is always of the first form. `table:study` is what the study of selection
-found. `python benchmarks/tables.py` rewrites the blocks; `--check` only says whether they differ.
+side; `<!-- table:NAME all -->` is always of the first form. `table:study` and `table:confirmation` are what
+the study of selection found. `python benchmarks/tables.py` rewrites the blocks; `--check` only says whether they
+differ.
 """
 
 from __future__ import annotations
@@ -84,8 +85,9 @@ def rewrite(text: str, lines: list[dict[str, Any]], study: Sequence[Mapping[str,
     """The text with each of its blocks filled. Raises ValueError for a block without results."""
 
     def fill(match: re.Match[str]) -> str:
-        if match["name"] == "study" and study:
-            return match[1] + report.summary(study) + match["end"]
+        if study and match["name"] in ("study", "confirmation"):
+            made = report.summary(study) if match["name"] == "study" else report.confirmation(study)
+            return match[1] + made + match["end"]
         rows = newest(lines, match["name"])
         if not rows:
             known = ", ".join(sorted({line["bench"] for line in lines})) or "none at all"

@@ -339,6 +339,40 @@ def test_the_report_says_what_the_results_say(tmp_path: Path) -> None:
     assert report.write(file, tmp_path / "docs").read_text(encoding="utf-8") == text
 
 
+def test_sets_that_confirm_are_told_apart_from_those_for_design(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("scipy")
+    import tables
+    from quality import report
+
+    shifts = {"reservoir": 0.0, "sdss": 0.2, "random": -0.3}
+    lines = [result(p, seed, shift=s, set="alpaca") for p, s in shifts.items() for seed in range(3)]
+    before = report.summary(lines)
+    assert report.confirmation(lines) == ""
+    shifts = {"reservoir": 0.0, "sdss": 0.2, "facility-location": -0.1}
+    lines += [
+        result(p, seed, shift=s, set=name)
+        for name in ("dolly", "mts_dialog")
+        for p, s in shifts.items()
+        for seed in range(3)
+    ]
+    assert report.summary(lines) == before
+    rows = {row.split(" | ")[0].strip("| "): row for row in report.confirmation(lines).splitlines()}
+    own = rows["facility-location"]
+    assert "-0.100 (-0.100 to -0.100) | better | 2 | 6" in own
+    assert "-0.300 (-0.300 to -0.300)" in own  # against the paper's policy
+    assert "random" not in rows
+    block = "<!-- table:confirmation -->\nold\n<!-- /table -->"
+    assert own in tables.rewrite(block, [], lines)
+    file = tmp_path / "r.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    text = report.write(file, tmp_path / "docs").read_text(encoding="utf-8")
+    design, confirmed = text.split("## Confirmation")
+    assert "dolly" not in design
+    assert own in confirmed
+    assert "### mts_dialog" in confirmed
+
+
 # a cell, by the product's own path
 
 

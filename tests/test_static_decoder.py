@@ -177,6 +177,38 @@ def test_a_prefix_and_what_follows_are_the_whole(llama: Path, tmp_path: Path) ->
         whole.logits(IDS[1:], prefix=first)
 
 
+def test_what_enters_the_head_gives_the_logits(llama: Path, tmp_path: Path) -> None:
+    made = npu.Model(llama)
+    outputs = opened(made, tmp_path, Shape(12, 0)).run(made.feeds.step(IDS, 0, {}, Shape(12, 0)))
+    assert made.feeds.head is not None
+    np.testing.assert_allclose(outputs["norm"][0] @ made.feeds.head.T, outputs["logits"][0], atol=1e-4)
+
+
+def test_the_best_logits_are_computed_again_and_the_others_are_left() -> None:
+    draws = np.random.default_rng(3)
+    head, hidden = draws.normal(size=(300, 64)).astype(np.float32), draws.normal(size=(40, 64)).astype(np.float32)
+    exact = hidden @ head.T
+    rough = (np.round(exact / 2) * 2).astype(np.float32)  # as with steps of 2: ties everywhere
+    given = rough.copy()
+    found = static_ways.rescored(rough, hidden, head.astype(np.float16))
+    changed = found != rough
+    assert np.array_equal(rough, given)
+    assert (changed.sum(axis=1) <= static_ways.RESCORED).all()
+    np.testing.assert_allclose(found[changed], exact[changed], atol=0.02)
+    assert (rough.argmax(-1) == exact.argmax(-1)).mean() < 0.8 < (found.argmax(-1) == exact.argmax(-1)).mean()
+    few = static_ways.rescored(rough[:, :3], hidden, head[:3])
+    np.testing.assert_allclose(few, exact[:, :3], atol=1e-4)
+
+
+def test_a_model_with_a_head_of_its_own_has_the_logits_of_its_graph(tmp_path: Path) -> None:
+    model(tmp_path, "llama")
+    made = npu.Model(tmp_path)
+    assert made.feeds.head is None
+    graphs = opened(made, tmp_path, Shape(12, 0))
+    raw = graphs.run(made.feeds.step(IDS, 0, {}, Shape(12, 0)))["logits"][0]
+    assert np.array_equal(StaticModel(made.feeds, graphs, None).logits(IDS), raw)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_rounding_to_the_nearest_code_and_for_the_outputs(bits: int) -> None:
     draws = np.random.default_rng(bits)

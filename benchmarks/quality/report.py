@@ -11,11 +11,11 @@ from typing import Any
 
 from quality import ledger, plots
 from quality.analysis import Contrast, Line, contrast, differences, grouped, holm, mean, verdict
-from quality.protocol import BASELINE, FULL, MAIN_ORDERS, NONE, STANDS_FOR
+from quality.protocol import BASELINE, CONFIRMATION, FULL, MAIN_ORDERS, NONE, STANDS_FOR
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 REFERENCES = (NONE, FULL)  # lines to read the others by; no hypothesis, so not corrected for
-PAPERS_BASELINES = ("random", "fifo", "kcenter")
+PAPERS, PAPERS_BASELINES = "sdss", ("random", "fifo", "kcenter")
 
 Row = tuple[str, ...]
 Setup = tuple[int, int | None, int, int | None, str]
@@ -49,18 +49,20 @@ def words_of(setup: Setup) -> str:
 
 
 class Comparison:
-    """All policies of one setup against the baseline by set; `adjusted` has Holm's p by (set, policy, metric)."""
+    """All policies of one setup against one of them by set; `adjusted` has Holm's p by (set, policy, metric)."""
 
-    def __init__(self, lines: Sequence[Line], metrics: Sequence[str] = ("nll", "rouge1")) -> None:
+    def __init__(
+        self, lines: Sequence[Line], metrics: Sequence[str] = ("nll", "rouge1"), baseline: str = BASELINE
+    ) -> None:
         by = {name: grouped(own, lambda line: line["cell"]["policy"]) for name, own in _by_set(lines).items()}
         self.lines: Mapping[str, Mapping[str, list[Line]]] = by
         self.tables: dict[tuple[str, str, str], Any] = {}
         for name, policies in self.lines.items():
             for policy, own in policies.items():
-                if policy == BASELINE or BASELINE not in policies:
+                if policy == baseline or baseline not in policies:
                     continue
                 for metric in metrics:
-                    table = differences(own, policies[BASELINE], metric)
+                    table = differences(own, policies[baseline], metric)
                     if table is not None:
                         self.tables[name, policy, metric] = table
         self.found = {key: contrast([table]) for key, table in self.tables.items()}
@@ -118,28 +120,51 @@ COLUMNS = (
 
 
 def summary(lines: Sequence[Line]) -> str:
-    """The table of the README: every policy over all sets of the plain setup."""
-    found = Comparison([line for line in newest(lines) if setup_of(line) == PLAIN])
+    """The table of the README: every policy over all sets for design, of the plain setup."""
+    design, _ = parted(newest(lines))
+    return table(POOLED, pooled_rows(Comparison(design)))
+
+
+def confirmation(lines: Sequence[Line]) -> str:
+    """The same over the sets that had no part in a policy's design, and against the paper's policy; empty without."""
+    _, confirming = parted(newest(lines))
+    if not confirming:
+        return ""
+    against = Comparison(confirming, baseline=PAPERS)
+    rows = [
+        (*row, difference(against.pooled(row[0], "rouge1")), difference(against.pooled(row[0], "nll")))
+        for row in pooled_rows(Comparison(confirming))
+    ]
+    return table((*POOLED, f"ROUGE-1 − {PAPERS} (95 %)", f"NLL − {PAPERS} (95 %)"), rows)
+
+
+def parted(lines: Iterable[Line]) -> tuple[list[Line], list[Line]]:
+    """The plain setup's lines of the sets for design, and of those that confirm."""
+    plain = [line for line in lines if setup_of(line) == PLAIN]
+    return [line for line in plain if not _confirms(line)], [line for line in plain if _confirms(line)]
+
+
+def _confirms(line: Line) -> bool:
+    return line["cell"]["set"] in CONFIRMATION
+
+
+def pooled_rows(found: Comparison) -> Iterator[Row]:
+    """One row a policy over all sets, each counting the same."""
     shown = [policy for policy in found.policies if policy != BASELINE]
     pooled = {policy: found.pooled(policy, "nll") for policy in shown}
     tested = [policy for policy in shown if policy not in REFERENCES and pooled[policy]]
     adjusted = dict(zip(tested, holm([c.p for policy in tested if (c := pooled[policy])]), strict=True))
-    rows = []
     for policy in shown:
         nll, p = pooled[policy], adjusted.get(policy)
         said = verdict(nll, p, "nll") if nll is not None and p is not None else ""
         sets = sum((name, policy, "nll") in found.tables for name in found.lines)
         runs = sum(len(found.tables.get((name, policy, "nll"), ())) for name in found.lines)
-        rows.append((policy, difference(found.pooled(policy, "rouge1")), difference(nll), said, f"{sets}", f"{runs}"))
-    columns = (
-        "Policy",
-        f"ROUGE-1 − {BASELINE} (95 %)",
-        f"NLL − {BASELINE} (95 %)",
-        "NLL says",
-        "sets",
-        "pairs of runs",
-    )
-    return table(columns, rows)
+        yield policy, difference(found.pooled(policy, "rouge1")), difference(nll), said, f"{sets}", f"{runs}"
+
+
+POOLED = (
+    "Policy", f"ROUGE-1 − {BASELINE} (95 %)", f"NLL − {BASELINE} (95 %)", "NLL says", "sets", "pairs of runs",
+)  # fmt: skip
 
 
 def claim(found: Comparison) -> str:
@@ -147,15 +172,15 @@ def claim(found: Comparison) -> str:
     rows = []
     for name, policies in found.lines.items():
         others = {p: mean(policies[p], "rouge1") for p in PAPERS_BASELINES if p in policies}
-        if "sdss" not in policies or not others:
+        if PAPERS not in policies or not others:
             continue
-        ours, best = mean(policies["sdss"], "rouge1"), max(others, key=lambda p: others[p])
+        ours, best = mean(policies[PAPERS], "rouge1"), max(others, key=lambda p: others[p])
         gain = f"{100 * (ours / others[best] - 1):+.1f} %" if others[best] else ""
         rows.append((name, f"{ours:.3f}", f"{others[best]:.3f} ({best})", gain))
     if not rows:
         return ""
     said = "The paper: ROUGE-1 up to 38 % higher than Random Replace, FIFO and K-Center. The same comparison here:\n\n"
-    return said + table(("Set", "sdss", "best of the three", "sdss is higher by"), rows) + "\n"
+    return said + table(("Set", PAPERS, "best of the three", f"{PAPERS} is higher by"), rows) + "\n"
 
 
 def page(lines: Sequence[Line]) -> Iterator[str]:
@@ -173,8 +198,12 @@ def page(lines: Sequence[Line]) -> Iterator[str]:
         "item; runs and items are both resampled. `asked` counts annotation requests, `seconds` are of selecting "
         "(embedding included), synthesis and training. A tie is what is not shown to differ.\n\n"
     )
-    for setup, own in sorted(grouped(every, setup_of).items(), key=lambda pair: pair[0] != PLAIN):
+    design = [line for line in every if not _confirms(line)]
+    for setup, own in sorted(grouped(design, setup_of).items(), key=lambda pair: pair[0] != PLAIN):
         yield from _setup(setup, own)
+    if confirmed := confirmation(every):
+        yield f"## Confirmation: {words_of(PLAIN)}, sets that had no part in the design of a policy\n\n{confirmed}\n"
+        yield from _sets(Comparison(parted(every)[1]))
     for name, (_, alt) in plots.every(every).items():
         yield f"![{alt}](study-{name}.svg)\n\n"
 
@@ -188,7 +217,11 @@ def _setup(setup: Setup, lines: Sequence[Line]) -> Iterator[str]:
     yield f"## {words_of(setup)}\n\n"
     if setup == PLAIN:
         yield claim(found)
-        yield "All sets together:\n\n" + summary(lines) + "\n"
+        yield "All sets together:\n\n" + table(POOLED, pooled_rows(found)) + "\n"
+    yield from _sets(found)
+
+
+def _sets(found: Comparison) -> Iterator[str]:
     for name, policies in found.lines.items():
         standing = f", standing for {STANDS_FOR[name]}" if name in STANDS_FOR else ""
         orders = dict.fromkeys(line["cell"]["order"] for own in policies.values() for line in own)

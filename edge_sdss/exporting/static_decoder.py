@@ -112,11 +112,12 @@ def build(spec: Spec, weights: Weights, shape: Shape, part: Part | None = None) 
     [r, outputs], the scale folded into B and lower ranks filled with zeros.
     inputs of the first part: embeddings [1, T, width]; of another: layers.j.out of the one before.
     outputs: of each layer i layers.i.attn.k_rope and layers.i.attn.v_heads [1, kv_heads, T, head_dim], to be put into
-    the cache; and layers.j.out [1, T, width] of the last layer, or, with the head, logits [1, T, vocabulary].
+    the cache; and layers.j.out [1, T, width] of the last layer, or, with the head, logits [1, T, vocabulary] and norm
+    [1, T, width], which enters the head.
 
     Between them every layer has, to be asked for at any stage: attn.norm, attn.q, .k, .v, attn.q_rope, attn.keys,
     attn.values, attn.scores, attn.masked, attn.exp, attn.weights, attn.context, attn.joined, attn.o, attn.sum,
-    mlp.norm, mlp.gate, mlp.up, mlp.act, mlp.inner, mlp.down and out, each behind `layers.i.`; then norm.
+    mlp.norm, mlp.gate, mlp.up, mlp.act, mlp.inner, mlp.down and out, each behind `layers.i.`.
     Raises ExportError as `check` does, and where a weight is missing.
     """
     import onnx_ir as ir
@@ -193,13 +194,16 @@ class _Writer:
         for index in range(part.first, part.last):
             x, keys_values = self._layer(x, index)
             cache += keys_values
-        if part.head:
-            x = self._norm(x, "norm", "model.norm")
-            name = "model.embed_tokens" if spec.tied else "lm_head"
-            head = net.floats("head.weight", self.weights[f"{name}.weight"].T)
-            x = net.op("MatMul", x, head, name="logits")
-        self._declare(x, (1, tokens, spec.vocabulary if part.head else spec.width))
-        return [x, *cache]
+        entering = (1, tokens, spec.width)
+        if not part.head:
+            self._declare(x, entering)
+            return [x, *cache]
+        x = self._norm(x, "norm", "model.norm")
+        name = "model.embed_tokens" if spec.tied else "lm_head"
+        logits = net.op("MatMul", x, net.floats("head.weight", self.weights[f"{name}.weight"].T), name="logits")
+        self._declare(x, entering)
+        self._declare(logits, (1, tokens, spec.vocabulary))
+        return [logits, *cache, x]
 
     def _layer(self, x: ir.Value, index: int) -> tuple[ir.Value, list[ir.Value]]:
         net, at, path = self.net, f"layers.{index}", f"model.layers.{index}"

@@ -25,6 +25,11 @@ class Feeds:
     def __init__(self, spec: Spec, embedding: Floats) -> None:
         self.spec, self.embedding = spec, embedding
 
+    @property
+    def head(self) -> Floats | None:
+        """The weights of the logits [vocabulary, width], where they are the embedding's; None: the NPU alone has them."""
+        return self.embedding if self.spec.tied else None
+
     def cache(self, slots: int) -> Cache:
         """Returns an empty cache."""
         shape = (1, self.spec.kv_heads, slots, self.spec.head_dim)

@@ -17,6 +17,9 @@ from edge_sdss.exporting.blocks import Floats
 from edge_sdss.exporting.static_decoder import Shape
 from edge_sdss.exporting.static_feeds import Cache, Feeds
 
+RESCORED = 8
+"""Logits of a row that the processor computes again: float16 has steps of 1/64 between 16 and 32, where they lie."""
+
 
 @dataclass(frozen=True)
 class Graphs:
@@ -55,6 +58,7 @@ class StaticModel:
     """Prefill and decode graphs; either may be missing where it is not asked for.
 
     An adapter is given by the graph's inputs, of any rank up to the graph's. `prefix` is that of the adapter given.
+    Where the processor has the head's weights, as they are the embedding's, it computes the best logits again.
     """
 
     def __init__(self, feeds: Feeds, prefill: Graphs | None, decode: Graphs | None) -> None:
@@ -124,11 +128,25 @@ class StaticModel:
         outputs = graphs.run({**self.feeds.step(ids, at, cache, graphs.shape), **lora})
         self.feeds.keep(outputs, cache, at, len(ids))
         logits: Floats = outputs["logits"][0, : len(ids)]
-        return logits
+        head = self.feeds.head
+        return logits if head is None else rescored(logits, outputs["norm"][0, : len(ids)], head)
 
     def _lora(self, graphs: Graphs | None, adapter: Mapping[str, Floats] | None) -> dict[str, Floats]:
         assert graphs is not None
         return self.feeds.adapter(adapter or {}, graphs.shape.rank)
+
+
+def rescored(logits: Floats, hidden: Floats, head: Floats) -> Floats:
+    """Returns logits [n, vocabulary] with the best `RESCORED` of each row computed again in float32.
+
+    hidden [n, width] is what enters the head, head [vocabulary, width] its weights.
+    """
+    count = min(RESCORED, logits.shape[-1])
+    best = np.argpartition(logits, -count, axis=-1)[:, -count:]
+    scores = np.einsum("nkw,nw->nk", head[best].astype(np.float32), hidden)
+    found = logits.copy()
+    np.put_along_axis(found, best, scores, axis=-1)
+    return found
 
 
 def prefix(first: Graphs, feeds: Feeds, ids: Sequence[int], adapter: Mapping[str, Floats] | None = None) -> Prefix:
