@@ -27,7 +27,7 @@ class Feeds:
 
     @property
     def head(self) -> Floats | None:
-        """The weights of the logits [vocabulary, width], where they are the embedding's; None: the NPU alone has them."""
+        """Weights of the logits [vocabulary, width], where they are the embedding's; None: the NPU alone has them."""
         return self.embedding if self.spec.tied else None
 
     def cache(self, slots: int) -> Cache:
