@@ -46,9 +46,8 @@ def chosen(given: argparse.Namespace) -> list[Cell]:
     else:
         cells = [cell for name in given.grid or grids for cell in grids[name]]
     cells = list(dict.fromkeys(cells))
-    return [
-        c for c in cells if (not given.set or c.set in given.set) and (not given.policy or c.policy in given.policy)
-    ]
+    asked = {"set": given.set, "policy": given.policy, "order": given.order}
+    return [cell for cell in cells if all(not only or getattr(cell, name) in only for name, only in asked.items())]
 
 
 def run(given: argparse.Namespace, ledger: Ledger, settings: Protocol) -> int:
@@ -110,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--grid", action="append", choices=list(protocol.grids()), help="a part of the grid")
         verb.add_argument("--set", action="append", help="these sets only")
         verb.add_argument("--policy", action="append", help="these policies only")
+        verb.add_argument("--order", action="append", choices=protocol.ORDERS, help="these orders only")
         verb.add_argument("--confirm", action="append", metavar="POLICY", help="this policy on the confirmation sets")
         verb.add_argument("--limit", type=int, help="end after so many cells")
     return parser

@@ -131,6 +131,14 @@ def test_the_grid_is_what_was_promised_and_keeps_its_hands_off_the_confirmation_
     assert {c.set for c in protocol.confirmation(["sdss"])} == set(protocol.CONFIRMATION)
 
 
+def test_a_part_of_the_grid_is_asked_for_by_set_policy_and_order() -> None:
+    import study
+
+    given = study._parser().parse_args(["run", "--grid", "orders", "--order", "noisy", "--policy", "sdss"])
+    assert {(c.order, c.policy) for c in study.chosen(given)} == {("noisy", "sdss")}
+    assert len(study.chosen(given)) == 3
+
+
 def test_what_is_held_fixed_is_in_the_digest() -> None:
     assert Protocol().digest == Protocol().digest
     slower = Protocol().settings.override({"tuning": {"learning_rate": 1e-4}})
