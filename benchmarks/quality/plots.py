@@ -18,7 +18,7 @@ from edge_sdss.page import drawing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_INCHES = (7.2, 3.2)
+_INCHES, _ROW_INCHES = (7.2, 3.2), 0.42
 _LIGHT = "--ink:#1a1a1a;--muted:#555;--grid:#ddd;--page:#fff;--faint:#eee;--good:#2a7;--bad:#c33;--rest:#888;"
 _LIGHT += "--s0:#2563eb;--s1:#d97706;--s2:#059669;--s3:#dc2626;--s4:#7c3aed;--s5:#0891b2;--s6:#be185d;--s7:#4d7c0f;"
 _DARK = "--ink:#eee;--muted:#aaa;--grid:#444;--page:#111;--faint:#222;--good:#4c9;--bad:#f66;--rest:#999;"
@@ -65,12 +65,13 @@ def _differences(lines: Sequence[Line]) -> Made:
     sets = list(dict.fromkeys(name for own in points.values() for name, _ in own))
 
     def paint(figure: Figure) -> None:
+        figure.set_size_inches(_INCHES[0], max(_INCHES[1], 1 + _ROW_INCHES * len(points)))
         axes = figure.subplots()
         axes.axvline(0, color=drawing.STAND_IN["--muted"], linewidth=0.9)
         for row, (_, found) in enumerate(points.items()):
             for name, c in found:
                 number = sets.index(name)
-                y = row + 0.6 * ((number + 0.5) / len(sets) - 0.5)
+                y = row + 0.8 * ((number + 0.5) / len(sets) - 0.5)
                 look: Any = {"color": drawing.STAND_IN[f"--s{number % drawing.SERIES}"], "markersize": 4}
                 first = row == min(r for r, own in enumerate(points.values()) if name in dict(own))
                 axes.errorbar(
@@ -80,7 +81,7 @@ def _differences(lines: Sequence[Line]) -> Made:
         axes.set_yticks(range(len(points)), list(points))
         axes.invert_yaxis()
         axes.set(xlabel=f"NLL − {BASELINE}, nats per token, 95 % interval (left is better)")
-        axes.legend(frameon=False, ncols=2)
+        figure.legend(frameon=False, ncols=6, loc="outside upper center")
 
     return paint, f"NLL of each policy at 32 bins minus that of {BASELINE}, with 95 % intervals, set by set"
 
@@ -136,7 +137,9 @@ def _lines(
 
 def _file(inline: str) -> str:
     """The drawing as a file of its own, with the colours of the page that it is not on."""
-    width, height = (round(96 * inches) for inches in _INCHES)
+    points = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', inline)
+    assert points is not None
+    width, height = (round(float(size) * 96 / 72) for size in points.groups())
     style = f"<style>:root{{{_LIGHT}}}@media (prefers-color-scheme:dark){{:root{{{_DARK}}}}}</style>"
     sized = inline.replace("<svg ", f'<svg width="{width}" height="{height}" ', 1)
     return re.sub(r"(<svg[^>]*>)", lambda found: found[1] + style, sized, count=1) + "\n"
