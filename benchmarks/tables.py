@@ -29,7 +29,8 @@ WIDE = {
         "change of general NLL", "whole run",
     ),
     "npu": (
-        "prefill: argmax agreement with float32", "prefill: change of NLL", "adapter of r = 8: error of its effect",
+        "prefill: argmax agreement with float32", "prefill: change of NLL", "decode: argmax agreement with float32",
+        "greedy: answers of 32 tokens equal to float32's", "adapter of r = 8: error of its effect",
         "context binary of prefill",
     ),
     "inference": (
