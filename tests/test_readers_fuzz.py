@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edge_sdss import config, readers
@@ -117,6 +117,7 @@ def test_every_element_before_the_break_is_kept(values, indent, data):
     st.lists(st.tuples(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=9), text), min_size=1),
     st.sampled_from([",", "\t", ";"]),
 )
+@example(pairs=[("", "\n\0"), ("0", "0")], delimiter=",")
 @settings(max_examples=100, deadline=None)
 def test_tables_give_back_what_was_written(pairs, delimiter):
     usable = [(a.strip(), b.strip()) for a, b in pairs if a.strip() and b.strip() and "\0" not in b]

@@ -204,8 +204,10 @@ def _raw(number: int, data: bytes, size: int, limit: int, problem: str | None = 
 
 
 def _width(row: Raw, delimiter: str) -> int:
+    """How many cells a row has, also where what they hold is refused later; 0 where it is no row."""
+    text = row.data.replace(b"\0", b" ").decode("utf-8", "replace").rstrip("\r\n")
     try:
-        return len(cells(decode(row), delimiter)) if row.data.strip() else 0
+        return len(cells(text, delimiter)) if row.data.strip() else 0
     except RecordError:
         return 0
 
