@@ -340,11 +340,26 @@ def test_the_report_says_what_the_results_say(tmp_path: Path) -> None:
     assert " cells on another board, board, commits c. " in text
     assert "standing for Prosocial-Dialog" in text
     assert "## 8 bins\n" in text
+    assert "What synthesis adds" not in text
     assert "## 32 bins, blocked\n" in text
     assert "%" in rows["alpaca"]
     assert (tmp_path / "docs" / "study-differences.svg").read_text(encoding="utf-8").startswith("<svg")
     assert (tmp_path / "docs" / "study-sizes.svg").is_file()
     assert report.write(file, tmp_path / "docs").read_text(encoding="utf-8") == text
+
+
+def test_what_synthesis_adds_is_against_the_same_runs_without() -> None:
+    pytest.importorskip("scipy")
+    from quality import report
+
+    lines = [result(p, seed, shift=s) for p, s in (("sdss", 0.0), ("fifo", 5.0)) for seed in range(4)]
+    lines += [result("sdss", seed, shift=9.0, order="sticky-0.9") for seed in range(4)]
+    lines += [{**result("sdss", seed, shift=-0.2, variants=3), "examples": 50 + seed} for seed in (0, 1, 2)]
+    lines += [{**result("random", 0, variants=3), "examples": 40}]
+    assert list(report.synthesis_rows(lines)) == [
+        ("alpaca", "sdss", "+0.200 (+0.200 to +0.200)", "-0.200 (-0.200 to -0.200)", "51", "3"),
+        ("alpaca", "random", "", "", "40", "1"),
+    ]
 
 
 def test_sets_that_confirm_are_told_apart_from_those_for_design(tmp_path: Path) -> None:

@@ -162,6 +162,24 @@ def pooled_rows(found: Comparison) -> Iterator[Row]:
         yield policy, difference(found.pooled(policy, "rouge1")), difference(nll), said, f"{sets}", f"{runs}"
 
 
+def synthesis_rows(lines: Sequence[Line]) -> Iterator[Row]:
+    """What variants change, one row a set and policy, against the same runs of the same policy without any."""
+
+    def told(line: Line) -> tuple[str, str]:
+        return line["cell"]["set"], line["cell"]["policy"]
+
+    without = grouped([line for line in lines if setup_of(line) == PLAIN], told)
+    for key, own in grouped([line for line in lines if setup_of(line) == (32, None, 3, None, "")], told).items():
+        tables = [differences(own, without.get(key, []), metric) for metric in ("rouge1", "nll")]
+        cells = [difference(contrast([found])) if found is not None else "" for found in tables]
+        yield (*key, *cells, f"{sum(line['examples'] for line in own) / len(own):.0f}", f"{len(own)}")
+
+
+SYNTHESIS = ("Set", "Policy", "ROUGE-1 (95 %)", "NLL (95 %)", "examples", "runs")
+SAID_OF_SYNTHESIS = (
+    "Of three variants of each dialogue those that pass the check are trained on too, for as many epochs: more "
+    "examples are more steps."
+)
 POOLED = (
     "Policy", f"ROUGE-1 − {BASELINE} (95 %)", f"NLL − {BASELINE} (95 %)", "NLL says", "sets", "pairs of runs",
 )  # fmt: skip
@@ -201,6 +219,8 @@ def page(lines: Sequence[Line]) -> Iterator[str]:
     design = [line for line in every if not _confirms(line)]
     for setup, own in sorted(grouped(design, setup_of).items(), key=lambda pair: pair[0] != PLAIN):
         yield from _setup(setup, own)
+    if added := table(SYNTHESIS, synthesis_rows(design)) if any(setup_of(line)[2] for line in design) else "":
+        yield f"## What synthesis adds: with variants minus without\n\n{SAID_OF_SYNTHESIS}\n\n{added}\n"
     if confirmed := confirmation(every):
         yield f"## Confirmation: {words_of(PLAIN)}, sets that had no part in the design of a policy\n\n{confirmed}\n"
         yield from _sets(Comparison(parted(every)[1]))
