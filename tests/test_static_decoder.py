@@ -200,6 +200,31 @@ def test_the_best_logits_are_computed_again_and_the_others_are_left() -> None:
     np.testing.assert_allclose(few, exact[:, :3], atol=1e-4)
 
 
+class Rough:
+    """A session whose logits are in steps of 1/64, as float16 has them between 16 and 32."""
+
+    def __init__(self, session: Any) -> None:
+        self.session, self.get_inputs, self.get_outputs = session, session.get_inputs, session.get_outputs
+
+    def run(self, names: list[str], feed: Any) -> list[Any]:
+        made = self.session.run(names, feed)
+        return [
+            np.round(array * 64) / 64 if name == "logits" else array for name, array in zip(names, made, strict=True)
+        ]
+
+
+def test_the_answer_is_not_of_rough_logits_where_the_processor_has_the_head(llama: Path, tmp_path: Path) -> None:
+    made = npu.Model(llama)
+    exact = opened(made, tmp_path, Shape(12, 0))
+    rough = Graphs(exact.shape, (Rough(exact.sessions[0]),))
+    rows, theirs = (StaticModel(made.feeds, graphs, None).logits(IDS) for graphs in (rough, exact))
+    raw = rough.run(made.feeds.step(IDS, 0, {}, rough.shape))["logits"][0]
+    best = theirs.max(axis=-1)
+    assert np.abs(raw.max(axis=-1) - best).max() > 0.004
+    np.testing.assert_allclose(rows.max(axis=-1), best, atol=1e-5)
+    assert np.array_equal(rows.argmax(-1), theirs.argmax(-1))
+
+
 def test_a_model_with_a_head_of_its_own_has_the_logits_of_its_graph(tmp_path: Path) -> None:
     model(tmp_path, "llama")
     made = npu.Model(tmp_path)

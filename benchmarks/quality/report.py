@@ -20,6 +20,7 @@ PAPERS, PAPERS_BASELINES = "sdss", ("random", "fifo", "kcenter")
 Row = tuple[str, ...]
 Setup = tuple[int, int | None, int, int | None, str]
 PLAIN: Setup = (32, None, 0, None, "")
+SYNTHESISED: Setup = (32, None, 3, None, "")
 
 
 def newest(lines: Iterable[Line]) -> list[Line]:
@@ -169,7 +170,7 @@ def synthesis_rows(lines: Sequence[Line]) -> Iterator[Row]:
         return line["cell"]["set"], line["cell"]["policy"]
 
     without = grouped([line for line in lines if setup_of(line) == PLAIN], told)
-    for key, own in grouped([line for line in lines if setup_of(line) == (32, None, 3, None, "")], told).items():
+    for key, own in grouped([line for line in lines if setup_of(line) == SYNTHESISED], told).items():
         tables = [differences(own, without.get(key, []), metric) for metric in ("rouge1", "nll")]
         cells = [difference(contrast([found])) if found is not None else "" for found in tables]
         yield (*key, *cells, f"{sum(line['examples'] for line in own) / len(own):.0f}", f"{len(own)}")
@@ -219,8 +220,9 @@ def page(lines: Sequence[Line]) -> Iterator[str]:
     design = [line for line in every if not _confirms(line)]
     for setup, own in sorted(grouped(design, setup_of).items(), key=lambda pair: pair[0] != PLAIN):
         yield from _setup(setup, own)
-    if added := table(SYNTHESIS, synthesis_rows(design)) if any(setup_of(line)[2] for line in design) else "":
-        yield f"## What synthesis adds: with variants minus without\n\n{SAID_OF_SYNTHESIS}\n\n{added}\n"
+    if added := list(synthesis_rows(design)):
+        said = f"{SAID_OF_SYNTHESIS}\n\n{table(SYNTHESIS, added)}"
+        yield f"## What synthesis adds: with variants minus without\n\n{said}\n"
     if confirmed := confirmation(every):
         yield f"## Confirmation: {words_of(PLAIN)}, sets that had no part in the design of a policy\n\n{confirmed}\n"
         yield from _sets(Comparison(parted(every)[1]))
