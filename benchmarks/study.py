@@ -34,7 +34,7 @@ QUICK_OUT = Path("study-out")
 
 
 def chosen(given: argparse.Namespace) -> list[Cell]:
-    """The cells that were asked for. Raises InputError for one of a confirmation set without --confirm."""
+    """The cells asked for. Raises InputError for none, and for one of a confirmation set without --confirm."""
     if given.quick:
         return protocol.quick((given.set or [DEMO if given.data is None else protocol.DEVELOPMENT[0]])[0])
     grids = protocol.grids()
@@ -47,7 +47,11 @@ def chosen(given: argparse.Namespace) -> list[Cell]:
         cells = [cell for name in given.grid or grids for cell in grids[name]]
     cells = list(dict.fromkeys(cells))
     asked = {"set": given.set, "policy": given.policy, "order": given.order}
-    return [cell for cell in cells if all(not only or getattr(cell, name) in only for name, only in asked.items())]
+    found = [cell for cell in cells if all(not only or getattr(cell, name) in only for name, only in asked.items())]
+    if not found:
+        known = "; ".join(f"--{name} {', '.join(dict.fromkeys(getattr(c, name) for c in cells))}" for name in asked)
+        raise InputError(message("run the study", "no cell is of all that was asked for", f"choose among {known}"))
+    return found
 
 
 def run(given: argparse.Namespace, ledger: Ledger, settings: Protocol) -> int:

@@ -137,6 +137,11 @@ def test_a_part_of_the_grid_is_asked_for_by_set_policy_and_order() -> None:
     given = study._parser().parse_args(["run", "--grid", "orders", "--order", "noisy", "--policy", "sdss"])
     assert {(c.order, c.policy) for c in study.chosen(given)} == {("noisy", "sdss")}
     assert len(study.chosen(given)) == 3
+    given = study._parser().parse_args(["run", "--grid", "orders", "--set", "moon"])
+    with pytest.raises(
+        InputError, match=r"no cell is of all that was asked for.*--set alpaca, memorybank; --policy sdss"
+    ):
+        study.chosen(given)
 
 
 def test_what_is_held_fixed_is_in_the_digest() -> None:
